@@ -1,0 +1,185 @@
+"""Values that services exchange, free of wire types: `from_pb` and `to_pb` at the edges turn one into the other."""
+
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+
+from pdmesh.v1 import common_pb2 as pb
+
+PROTOCOL_VERSION = 1
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+_STATES = {
+    WorkerState.LOADING: pb.WORKER_STATE_LOADING,
+    WorkerState.READY: pb.WORKER_STATE_READY,
+    WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
+}
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_ROLES_BACK = {v: k for k, v in _ROLES.items()}
+_STATES_BACK = {v: k for k, v in _STATES.items()}
+_FINISH_REASONS_BACK = {v: k for k, v in _FINISH_REASONS.items()}
+
+
+def finish_reason_to_pb(reason: FinishReason) -> pb.FinishReason:
+    return _FINISH_REASONS[reason]
+
+
+def finish_reason_from_pb(reason: pb.FinishReason) -> FinishReason:
+    return _FINISH_REASONS_BACK[reason]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token and of the likeliest ones at its place, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def from_pb(cls, message: pb.TokenLogprob) -> "TokenLogprob":
+        top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+        return cls(message.token_id, message.logprob, top)
+
+    def to_pb(self) -> pb.TokenLogprob:
+        return pb.TokenLogprob(
+            token_id=self.token_id,
+            logprob=self.logprob,
+            top_token_ids=[token_id for token_id, _ in self.top],
+            top_logprobs=[logprob for _, logprob in self.top],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PairingFacts:
+    """What two workers must have in common for KV to pass between them."""
+
+    model_digest: str
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    kv_layout: str
+    tp_size: int = 1
+    protocol_version: int = PROTOCOL_VERSION
+
+    def mismatch(self, other: "PairingFacts") -> str:
+        """What differs, for a person ("dtype: float32 here, bfloat16 there"); empty if KV may pass."""
+        differing = []
+        for f in fields(self):
+            ours, theirs = getattr(self, f.name), getattr(other, f.name)
+            if ours != theirs:
+                differing.append(f"{f.name}: {ours} here, {theirs} there")
+        return "; ".join(differing)
+
+    @classmethod
+    def from_pb(cls, message: pb.PairingFacts) -> "PairingFacts":
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+    def to_pb(self) -> pb.PairingFacts:
+        return pb.PairingFacts(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model as those see it who send it prompts. `max_model_len` counts prompt and output tokens together."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+
+    @classmethod
+    def from_pb(cls, message: pb.ModelInfo) -> "ModelInfo":
+        return cls(message.name, message.architecture, message.vocab_size, message.max_model_len)
+
+    def to_pb(self) -> pb.ModelInfo:
+        return pb.ModelInfo(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a worker is; see common.proto."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_queued_tokens: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+
+    @classmethod
+    def from_pb(cls, message: pb.Load) -> "Load":
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+    def to_pb(self) -> pb.Load:
+        return pb.Load(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as the directory knows it. `facts` and `model` are None while it loads."""
+
+    worker_id: str
+    incarnation: str
+    role: Role
+    state: WorkerState
+    address: str
+    facts: PairingFacts | None = None
+    model: ModelInfo | None = None
+    load: Load = Load()
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+
+    def updated(self, *, state: WorkerState | None = None, load: Load | None = None) -> "WorkerInfo":
+        return replace(self, state=state or self.state, load=load or self.load)
+
+    @classmethod
+    def from_pb(cls, message: pb.WorkerInfo) -> "WorkerInfo":
+        """Raises KeyError where role or state is one that this version does not know."""
+        return cls(
+            worker_id=message.worker_id,
+            incarnation=message.incarnation,
+            role=_ROLES_BACK[message.role],
+            state=_STATES_BACK[message.state],
+            address=message.address,
+            facts=PairingFacts.from_pb(message.facts) if message.HasField("facts") else None,
+            model=ModelInfo.from_pb(message.model) if message.HasField("model") else None,
+            load=Load.from_pb(message.load),
+            loaded_bytes=message.loaded_bytes,
+            total_bytes=message.total_bytes,
+        )
+
+    def to_pb(self) -> pb.WorkerInfo:
+        return pb.WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            role=_ROLES[self.role],
+            state=_STATES[self.state],
+            address=self.address,
+            facts=self.facts.to_pb() if self.facts else None,
+            model=self.model.to_pb() if self.model else None,
+            load=self.load.to_pb(),
+            loaded_bytes=self.loaded_bytes,
+            total_bytes=self.total_bytes,
+        )
