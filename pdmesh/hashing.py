@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NewType
 
-
-
 BlockHash = NewType("BlockHash", bytes)
 
 HASH_BYTES = 16

@@ -1,0 +1,31 @@
+"""The tensors of one step: every scheduled token of every request, laid end to end, nothing padded."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class Batch:
+    """Input of one forward pass over T tokens of B sequences.
+
+    A sequence contributes query_len new tokens after context_len tokens that lie in its blocks already;
+    seq_len = context_len + query_len. Sequences lie in the order of `query_lens`.
+
+    Attributes:
+        input_ids: [T] int64.
+        positions: [T] int64, position of each token in its sequence.
+        slot_mapping: [T] int64, where each token's K and V go: block_id * block_size + offset.
+        query_lens: Per sequence, tokens in this step (host ints: they shape the work).
+        seq_lens: Per sequence, tokens after this step.
+        block_tables: [B, max blocks] int64, padded with 0.
+        logits_rows: [R] int64, rows of the hidden states of which logits are wanted.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_lens: list[int]
+    seq_lens: list[int]
+    block_tables: torch.Tensor
+    logits_rows: torch.Tensor

@@ -1,0 +1,98 @@
+"""Configuration: a frozen dataclass becomes flags, environment variables and a help text.
+
+Precedence: flag, then environment (PDMESH_ and the field's name in capitals), then default. Each field is declared
+with `option`; a wrong value ends the process with one line that names the flag.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pdmesh.errors import ConfigError
+
+T = TypeVar("T")
+
+ENV_PREFIX = "PDMESH_"
+
+
+def option(
+    help: str, *, default: Any = MISSING, choices: Sequence[str] | None = None, positional: bool = False
+) -> Any:
+    """A config field. No default: it must be given. Types: str, int, float, bool, or one of these | None."""
+    metadata = {"help": help, "choices": choices, "positional": positional}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceConfig:
+    """What every service is told."""
+
+    host: str = option("address to listen on", default="127.0.0.1")
+    port: int = option("gRPC port; 0 takes a free one", default=0)
+    advertise: str | None = option(
+        "host name under which others reach this process; default: the host", default=None
+    )
+    redis_url: str = option(
+        "the directory, e.g. redis://127.0.0.1:6379/0 or unix:///run/redis.sock",
+        default="redis://127.0.0.1:6379/0",
+    )
+    cluster: str = option("name that keeps clusters on one Redis apart", default="default")
+    log_level: str = option(
+        "least severe level logged", default="info", choices=("debug", "info", "warning", "error")
+    )
+    drain_s: float = option("seconds given to running requests after SIGTERM", default=30.0)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
+    """Reads a config of dataclass `cls` from flags and environment; exits with usage on bad input."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    hints = get_type_hints(cls)
+    for f in fields(cls):  # type: ignore[arg-type]
+        _add_flag(parser, f.name, hints[f.name], f.default, f.metadata)
+    values = vars(parser.parse_args(argv))
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        parser.error(error.message)
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: Any) -> None:
+    kinds = [arg for arg in get_args(hint) if arg is not type(None)]
+    kind = kinds[0] if kinds else hint
+    env_name = ENV_PREFIX + name.upper()
+    env_value = os.environ.get(env_name)
+    required = default is MISSING and env_value is None
+    options: dict[str, Any] = {"help": f"{metadata['help']} (env {env_name})"}
+    if not required:
+        options["default"] = env_value if env_value is not None else default
+        if default not in (MISSING, None):
+            options["help"] += f"; default: {default}"
+    if kind is bool:
+        # argparse runs `type` over string defaults only, so the environment passes through _boolean too.
+        parser.add_argument("--" + name.replace("_", "-"), action=argparse.BooleanOptionalAction, **options)
+        if isinstance(options.get("default"), str):
+            parser.set_defaults(**{name: _boolean(parser, env_name, options["default"])})
+        return
+    options["type"] = kind
+    options["choices"] = metadata["choices"]
+    if metadata["positional"]:
+        parser.add_argument(name, nargs=None if required else "?", **options)
+    else:
+        parser.add_argument("--" + name.replace("_", "-"), required=required, **options)
+
+
+def _boolean(parser: argparse.ArgumentParser, name: str, text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    parser.error(f"{name} is {text!r}: use true or false")
+
+
+def fail(message: str) -> None:
+    """Ends the process as every command does when a person must mend something: one line, exit code 2."""
+    print(f"pdmesh: {message}", file=sys.stderr)
+    raise SystemExit(2)
