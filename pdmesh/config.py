@@ -18,9 +18,7 @@ T = TypeVar("T")
 ENV_PREFIX = "PDMESH_"
 
 
-def option(
-    help: str, *, default: Any = MISSING, choices: Sequence[str] | None = None, positional: bool = False
-) -> Any:
+def option(help: str, *, default: Any = MISSING, choices: Sequence[str] | None = None, positional: bool = False) -> Any:
     """A config field. No default: it must be given. Types: str, int, float, bool, or one of these | None."""
     metadata = {"help": help, "choices": choices, "positional": positional}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -32,17 +30,13 @@ class ServiceConfig:
 
     host: str = option("address to listen on", default="127.0.0.1")
     port: int = option("gRPC port; 0 takes a free one", default=0)
-    advertise: str | None = option(
-        "host name under which others reach this process; default: the host", default=None
-    )
+    advertise: str | None = option("host name under which others reach this process; default: the host", default=None)
     redis_url: str = option(
         "the directory, e.g. redis://127.0.0.1:6379/0 or unix:///run/redis.sock",
         default="redis://127.0.0.1:6379/0",
     )
     cluster: str = option("name that keeps clusters on one Redis apart", default="default")
-    log_level: str = option(
-        "least severe level logged", default="info", choices=("debug", "info", "warning", "error")
-    )
+    log_level: str = option("least severe level logged", default="info", choices=("debug", "info", "warning", "error"))
     drain_s: float = option("seconds given to running requests after SIGTERM", default=30.0)
 
 

@@ -63,9 +63,7 @@ async def abort(context: Aborter, error: errors.MeshError) -> NoReturn:
 def from_rpc_error(error: grpc.aio.AioRpcError | grpc.RpcError, *, stage: str = "") -> errors.MeshError:
     """What a peer's status means here: the class by code, reason and stage from its details where it sent any."""
     code, message = error.code(), error.details() or ""
-    cls = _CLASSES.get(
-        code, errors.UnavailableError if code is grpc.StatusCode.UNKNOWN else errors.InternalError
-    )
+    cls = _CLASSES.get(code, errors.UnavailableError if code is grpc.StatusCode.UNKNOWN else errors.InternalError)
     status = rpc_status.from_call(error)
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
