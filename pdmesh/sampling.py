@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from pdmesh.errors import InvalidRequestError
 from pdmesh.v1 import common_pb2 as pb
@@ -78,24 +79,22 @@ class SamplingParams:
     @classmethod
     def from_pb(cls, message: pb.SamplingParams) -> "SamplingParams":
         """Fills in the default of every field that is unset."""
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         for f in fields(cls):
             descriptor = message.DESCRIPTOR.fields_by_name[f.name]
-            if descriptor.has_presence and not message.HasField(f.name):
+            if descriptor.has_presence and not message.HasField(f.name):  # type: ignore[arg-type]
                 continue
             values[f.name] = getattr(message, f.name)
         values["stop"] = tuple(message.stop)
         values["stop_token_ids"] = tuple(message.stop_token_ids)
         values["logit_bias"] = MappingProxyType(dict(message.logit_bias))
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**values)
 
     def to_pb(self) -> pb.SamplingParams:
         """The message with every field set, so that peers of another version keep our defaults."""
-        return pb.SamplingParams(**{f.name: _plain(getattr(self, f.name)) for f in fields(self)})
-
-
-def _plain(value: object) -> object:
-    return dict(value) if isinstance(value, Mapping) else value
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["logit_bias"] = dict(self.logit_bias)
+        return pb.SamplingParams(**values)
 
 
 def _within(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

@@ -1,5 +1,7 @@
 """Values that services exchange, free of wire types: `from_pb` and `to_pb` at the edges turn one into the other."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 
@@ -39,11 +41,11 @@ _STATES_BACK = {v: k for k, v in _STATES.items()}
 _FINISH_REASONS_BACK = {v: k for k, v in _FINISH_REASONS.items()}
 
 
-def finish_reason_to_pb(reason: FinishReason) -> pb.FinishReason:
+def finish_reason_to_pb(reason: FinishReason) -> pb.FinishReason.ValueType:
     return _FINISH_REASONS[reason]
 
 
-def finish_reason_from_pb(reason: pb.FinishReason) -> FinishReason:
+def finish_reason_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason:
     return _FINISH_REASONS_BACK[reason]
 
 
@@ -56,7 +58,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def from_pb(cls, message: pb.TokenLogprob) -> "TokenLogprob":
+    def from_pb(cls, message: pb.TokenLogprob) -> TokenLogprob:
         top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
         return cls(message.token_id, message.logprob, top)
 
@@ -84,7 +86,7 @@ class PairingFacts:
     tp_size: int = 1
     protocol_version: int = PROTOCOL_VERSION
 
-    def mismatch(self, other: "PairingFacts") -> str:
+    def mismatch(self, other: PairingFacts) -> str:
         """What differs, for a person ("dtype: float32 here, bfloat16 there"); empty if KV may pass."""
         differing = []
         for f in fields(self):
@@ -94,7 +96,7 @@ class PairingFacts:
         return "; ".join(differing)
 
     @classmethod
-    def from_pb(cls, message: pb.PairingFacts) -> "PairingFacts":
+    def from_pb(cls, message: pb.PairingFacts) -> PairingFacts:
         return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
 
     def to_pb(self) -> pb.PairingFacts:
@@ -111,7 +113,7 @@ class ModelInfo:
     max_model_len: int
 
     @classmethod
-    def from_pb(cls, message: pb.ModelInfo) -> "ModelInfo":
+    def from_pb(cls, message: pb.ModelInfo) -> ModelInfo:
         return cls(message.name, message.architecture, message.vocab_size, message.max_model_len)
 
     def to_pb(self) -> pb.ModelInfo:
@@ -129,7 +131,7 @@ class Load:
     num_free_blocks: int = 0
 
     @classmethod
-    def from_pb(cls, message: pb.Load) -> "Load":
+    def from_pb(cls, message: pb.Load) -> Load:
         return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
 
     def to_pb(self) -> pb.Load:
@@ -151,11 +153,11 @@ class WorkerInfo:
     loaded_bytes: int = 0
     total_bytes: int = 0
 
-    def updated(self, *, state: WorkerState | None = None, load: Load | None = None) -> "WorkerInfo":
+    def updated(self, *, state: WorkerState | None = None, load: Load | None = None) -> WorkerInfo:
         return replace(self, state=state or self.state, load=load or self.load)
 
     @classmethod
-    def from_pb(cls, message: pb.WorkerInfo) -> "WorkerInfo":
+    def from_pb(cls, message: pb.WorkerInfo) -> WorkerInfo:
         """Raises KeyError where role or state is one that this version does not know."""
         return cls(
             worker_id=message.worker_id,
