@@ -1,14 +1,15 @@
 """Configuration: a frozen dataclass becomes flags, environment variables and a help text.
 
 Precedence: flag, then environment (PDMESH_ and the field's name in capitals), then default. Each field is declared
-with `option`; a wrong value ends the process with one line that names the flag.
+with `option`, or is itself such a dataclass, whose fields become flags beside the others. A wrong value ends the
+process with one line that names the flag.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pdmesh.errors import ConfigError
@@ -43,14 +44,27 @@ class ServiceConfig:
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:
     """Reads a config of dataclass `cls` from flags and environment; exits with usage on bad input."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    hints = get_type_hints(cls)
-    for f in fields(cls):  # type: ignore[arg-type]
-        _add_flag(parser, f.name, hints[f.name], f.default, f.metadata)
+    _add_flags(parser, cls)
     values = vars(parser.parse_args(argv))
     try:
-        return cls(**values)
+        return _build(cls, values)
     except ConfigError as error:
         parser.error(error.message)
+
+
+def _add_flags(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            _add_flags(parser, hints[f.name])
+        else:
+            _add_flag(parser, f.name, hints[f.name], f.default, f.metadata)
+
+
+def _build(cls: type[T], values: dict[str, Any]) -> T:
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    return cls(**{n: _build(hints[n], values) if is_dataclass(hints[n]) else values[n] for n in names})
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, hint: Any, default: Any, metadata: Any) -> None:
