@@ -38,6 +38,10 @@ class Service(Protocol):
         """Listens, loads, announces; returns when the service is up. Raises ConfigError."""
         ...
 
+    async def drain_asked(self) -> None:
+        """Returns when somebody asked this service, by RPC, to drain and leave."""
+        ...
+
     async def drain(self) -> None:
         """Takes nothing new and returns when the last request has ended."""
         ...
@@ -63,15 +67,16 @@ async def _run(service: Service, drain_s: float) -> None:
     try:
         starting = asyncio.create_task(service.start())
         stopping = asyncio.create_task(signals.get())
+        asked = asyncio.create_task(service.drain_asked())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
-            await stopping
+            await asyncio.wait({stopping, asked}, return_when=asyncio.FIRST_COMPLETED)
             log.info("draining for up to %g s; signal again to stop at once", drain_s)
             draining, insisting = asyncio.create_task(service.drain()), asyncio.create_task(signals.get())
             await asyncio.wait({draining, insisting}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
             await _cancel(draining, insisting)
-        await _cancel(starting, stopping)
+        await _cancel(starting, stopping, asked)
     finally:
         await service.close()
 

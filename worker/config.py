@@ -1,0 +1,14 @@
+"""What every worker is told, whatever its role."""
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from pdmesh.config import ServiceConfig, option
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    service: ServiceConfig
+    engine: EngineConfig
+    worker_id: str | None = option("name of this worker, unique in the cluster; default: drawn", default=None)
+    max_requests: int = option("requests held at once, queued ones included; more are refused", default=256)

@@ -1,0 +1,157 @@
+"""The process around an engine, the same for both roles.
+
+    start: listen -> announce LOADING -> load the model -> announce READY, health SERVING
+    drain: announce DRAINING, health NOT_SERVING -> the running calls end
+    close: leave the directory -> stop the server -> stop the engine
+
+Owns the engine, the server, the announcer and the directory's connection; the role's service adds what it serves.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from dataclasses import replace
+
+from engine.api import Engine
+from kvstore.announcer import Announcer
+from kvstore.directory import Directory
+from pdmesh.errors import OverloadedError, PreconditionError, UnavailableError
+from pdmesh.server import GrpcServer
+from pdmesh.types import Role, WorkerInfo, WorkerState
+from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
+from worker.config import WorkerConfig
+
+log = logging.getLogger(__name__)
+
+
+class WorkerHost:
+    """See the module.
+
+    Args:
+        config: What the operator said.
+        role: What this worker does.
+        engine: Not started yet.
+        directory: Where it is announced.
+    """
+
+    def __init__(self, config: WorkerConfig, role: Role, engine: Engine, directory: Directory) -> None:
+        service = config.service
+        self.engine = engine
+        self.server = GrpcServer(service.host, service.port, service.advertise)
+        self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
+        self.drain_requested = asyncio.Event()
+        self.num_tickets = lambda: 0
+        self._max_requests = config.max_requests
+        self._directory = directory
+        self._announcer = Announcer(directory, lambda: self.info)
+        self._started_at = time.monotonic()
+        self._info = WorkerInfo(
+            worker_id=config.worker_id or f"{role.value}-{secrets.token_hex(3)}",
+            incarnation=secrets.token_hex(8),
+            role=role,
+            state=WorkerState.LOADING,
+            address="",
+        )
+
+    @property
+    def info(self) -> WorkerInfo:
+        """This worker as it is now."""
+        if self._info.state is WorkerState.LOADING:
+            return self._info
+        return replace(self._info, load=self.engine.load())
+
+    @property
+    def worker_id(self) -> str:
+        return self._info.worker_id
+
+    @property
+    def incarnation(self) -> str:
+        return self._info.incarnation
+
+    async def start(self) -> None:
+        await self.server.start()
+        self._info = replace(self._info, address=self.server.address)
+        await self._announcer.start()
+        started = time.monotonic()
+        await self.engine.start(self._on_progress)
+        self.engine.subscribe_blocks(lambda events: self._announcer.on_blocks(events.stored, events.removed))
+        self._info = replace(
+            self._info, state=WorkerState.READY, facts=self.engine.facts, model=self.engine.model, loaded_bytes=0,
+            total_bytes=0,
+        )  # fmt: skip
+        self._announcer.kick()
+        await self.server.set_serving(True)
+        log.info(
+            "%s serves %s at %s, loaded in %.1f s",
+            self.worker_id, self.engine.model.name, self.server.address, time.monotonic() - started,
+        )  # fmt: skip
+
+    def _on_progress(self, loaded_bytes: int, total_bytes: int) -> None:
+        self._info = replace(self._info, loaded_bytes=loaded_bytes, total_bytes=total_bytes)
+
+    async def drain(self) -> None:
+        self._info = replace(self._info, state=WorkerState.DRAINING)
+        self._announcer.kick()
+        await self.server.set_serving(False)
+        await self.server.drained()
+
+    async def close(self) -> None:
+        await self._announcer.stop()
+        await self.server.stop()
+        await self.engine.close()
+        await self._directory.aclose()
+
+    def admit(self, expected_incarnation: str) -> None:
+        """Whether this worker takes one more request. Called by the request's own handler, so it counts already.
+
+        Raises PreconditionError for a caller that means a past incarnation, UnavailableError while loading or
+        draining, OverloadedError when full.
+        """
+        if expected_incarnation and expected_incarnation != self.incarnation:
+            raise PreconditionError(
+                f"{self.worker_id} was restarted: incarnation {self.incarnation}, expected {expected_incarnation}",
+                reason="STALE_INCARNATION",
+                stage="admission",
+            )
+        if self._info.state is not WorkerState.READY:
+            raise UnavailableError(
+                f"{self.worker_id} is {self._info.state.value}; take another worker",
+                reason=f"WORKER_{self._info.state.name}",
+                stage="admission",
+            )
+        if self.server.num_active_calls > self._max_requests:
+            raise OverloadedError(
+                f"{self.worker_id} holds {self._max_requests} requests, its limit; take another worker",
+                reason="WORKER_FULL",
+                stage="admission",
+                details={"limit": str(self._max_requests)},
+            )
+
+    def status(self) -> cluster_pb2.GetStatusResponse:
+        held = self.engine.status() if self._info.state is not WorkerState.LOADING else None
+        return cluster_pb2.GetStatusResponse(
+            info=self.info.to_pb(),
+            num_requests=held.num_requests if held else 0,
+            num_leases=held.num_leases if held else 0,
+            num_tickets=self.num_tickets(),
+            num_request_tasks=self.server.num_active_calls,
+            num_cached_blocks=held.num_cached_blocks if held else 0,
+            uptime_s=time.monotonic() - self._started_at,
+            num_steps=held.num_steps if held else 0,
+        )
+
+
+class _WorkerServicer(cluster_pb2_grpc.WorkerServicer):
+    def __init__(self, host: WorkerHost) -> None:
+        self._host = host
+
+    async def GetStatus(
+        self, request: cluster_pb2.GetStatusRequest, context: object
+    ) -> cluster_pb2.GetStatusResponse:
+        return self._host.status()
+
+    async def Drain(self, request: cluster_pb2.DrainRequest, context: object) -> cluster_pb2.DrainResponse:
+        log.info("asked to drain", extra={"worker_id": self._host.worker_id})
+        self._host.drain_requested.set()
+        return cluster_pb2.DrainResponse()
