@@ -8,9 +8,11 @@ Owns the engine, the server, the announcer and the directory's connection; the r
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from engine.api import Engine
@@ -43,6 +45,7 @@ class WorkerHost:
         self.drain_requested = asyncio.Event()
         self.num_tickets = lambda: 0
         self._max_requests = config.max_requests
+        self._num_admitted = 0
         self._directory = directory
         self._announcer = Announcer(directory, lambda: self.info)
         self._started_at = time.monotonic()
@@ -102,8 +105,9 @@ class WorkerHost:
         await self.engine.close()
         await self._directory.aclose()
 
-    def admit(self, expected_incarnation: str) -> None:
-        """Whether this worker takes one more request. Called by the request's own handler, so it counts already.
+    @contextlib.contextmanager
+    def admitted(self, expected_incarnation: str) -> Iterator[None]:
+        """Holds one of the worker's request places; refuses at once where there is none.
 
         Raises PreconditionError for a caller that means a past incarnation, UnavailableError while loading or
         draining, OverloadedError when full.
@@ -120,13 +124,18 @@ class WorkerHost:
                 reason=f"WORKER_{self._info.state.name}",
                 stage="admission",
             )
-        if self.server.num_active_calls > self._max_requests:
+        if self._num_admitted >= self._max_requests:
             raise OverloadedError(
                 f"{self.worker_id} holds {self._max_requests} requests, its limit; take another worker",
                 reason="WORKER_FULL",
                 stage="admission",
                 details={"limit": str(self._max_requests)},
             )
+        self._num_admitted += 1
+        try:
+            yield
+        finally:
+            self._num_admitted -= 1
 
     def status(self) -> cluster_pb2.GetStatusResponse:
         held = self.engine.status() if self._info.state is not WorkerState.LOADING else None

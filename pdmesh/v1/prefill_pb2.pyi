@@ -62,8 +62,10 @@ class RunStart(_message.Message):
     EXPECTED_INCARNATION_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    COMPLETION_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
+    """Counts the hand-offs of this request: the epoch of its KV."""
     priority: _builtins.int
     cache_salt: _builtins.bytes
     num_held_blocks: _builtins.int
@@ -72,6 +74,8 @@ class RunStart(_message.Message):
     decode_incarnation: _builtins.str
     expected_incarnation: _builtins.str
     """Refused with FAILED_PRECONDITION if the worker is another incarnation."""
+    completion_index: _builtins.int
+    """Which completion the first token begins."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -104,10 +108,11 @@ class RunStart(_message.Message):
         expected_incarnation: _builtins.str = ...,
         facts: _common_pb2.PairingFacts | None = ...,
         transports: _abc.Iterable[_builtins.str] | None = ...,
+        completion_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

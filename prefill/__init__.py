@@ -1,0 +1,1 @@
+"""The prefill service: computes prompts and ships their KV to decode workers."""

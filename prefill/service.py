@@ -1,0 +1,39 @@
+"""A prefill worker as a process: wires engine, directory, senders and servicer, and owns their lives."""
+
+from engine.api import Engine
+from kvstore.directory import Directory
+from kvstore.transfer.senders import TRANSPORTS, KVSenders
+from pdmesh.channels import ChannelPool
+from pdmesh.types import Role
+from pdmesh.v1 import prefill_pb2_grpc
+from prefill.config import PrefillConfig
+from prefill.servicer import PrefillServicer
+from prefill.worker import PrefillWorker
+from worker.host import WorkerHost
+from worker.memory import EngineMemory
+
+
+class PrefillService:
+    """A `pdmesh.server.Service`. Takes over `engine` and `directory`: closing it closes them."""
+
+    def __init__(self, config: PrefillConfig, engine: Engine, directory: Directory) -> None:
+        self.host = WorkerHost(config.worker, Role.PREFILL, engine, directory)
+        self._channels = ChannelPool()
+        self._senders = KVSenders(EngineMemory(engine), self.host.incarnation, self._channels.get)
+        worker = PrefillWorker(engine, self._senders)
+        servicer = PrefillServicer(self.host, worker, TRANSPORTS)
+        self.host.server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "pdmesh.v1.Prefill")
+
+    async def start(self) -> None:
+        await self.host.start()
+
+    async def drain_asked(self) -> None:
+        await self.host.drain_requested.wait()
+
+    async def drain(self) -> None:
+        await self.host.drain()
+
+    async def close(self) -> None:
+        await self.host.close()
+        await self._senders.aclose()
+        await self._channels.aclose()

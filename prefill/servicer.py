@@ -1,0 +1,117 @@
+"""`pdmesh.v1.Prefill` on the wire: messages in, events out; the work is `PrefillWorker`'s."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from engine.api import EngineRequest
+from kvstore.transfer.base import Grant
+from kvstore.transfer.senders import choose_transport
+from pdmesh.errors import CancelledRequestError, InvalidRequestError, PreconditionError
+from pdmesh.sampling import SamplingParams
+from pdmesh.types import PairingFacts
+from pdmesh.v1 import prefill_pb2 as pb
+from pdmesh.v1 import prefill_pb2_grpc
+from prefill.worker import Complete, Event, FirstToken, PrefillWorker, Prompt, Started
+from worker.host import WorkerHost
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+    """Checks that the two workers may pair, then runs one prompt per stream.
+
+    Args:
+        host: Admits requests.
+        worker: Does the work.
+        transports: What this side can send on.
+    """
+
+    def __init__(self, host: WorkerHost, worker: PrefillWorker, transports: Sequence[str]) -> None:
+        self._host = host
+        self._worker = worker
+        self._transports = transports
+
+    async def Run(
+        self, request_iterator: AsyncIterator[pb.RunRequest], context: object
+    ) -> AsyncIterator[pb.RunResponse]:
+        opening = await anext(aiter(request_iterator), None)
+        if opening is None or not opening.HasField("start"):
+            raise InvalidRequestError("Prefill.Run must begin with a RunStart", stage="prefill")
+        start = opening.start
+        with self._host.admitted(start.expected_incarnation):
+            self._check_pairing(start)
+            transport = choose_transport(start.transports, self._transports)
+            prompt = self._prompt(start)
+            events: asyncio.Queue[Event | None] = asyncio.Queue()
+            granting = asyncio.create_task(_read_grant(request_iterator))
+            running = asyncio.create_task(self._worker.run(prompt, granting, events.put_nowait))
+            running.add_done_callback(lambda _: events.put_nowait(None))
+            try:
+                while (event := await events.get()) is not None:
+                    yield _to_pb(event, transport)
+                await running
+            finally:
+                running.cancel()
+                granting.cancel()
+                await asyncio.gather(running, granting, return_exceptions=True)
+
+    def _check_pairing(self, start: pb.RunStart) -> None:
+        mismatch = self._host.engine.facts.mismatch(PairingFacts.from_pb(start.facts))
+        if mismatch:
+            raise PreconditionError(
+                f"{self._host.worker_id} cannot serve {start.decode_worker_id}: {mismatch}",
+                reason="PAIRING_MISMATCH",
+                stage="prefill",
+            )
+
+    def _prompt(self, start: pb.RunStart) -> Prompt:
+        request = EngineRequest(
+            request_id=f"{start.request_id}/{start.attempt}",
+            prompt_token_ids=tuple(start.prompt_token_ids),
+            sampling=SamplingParams.from_pb(start.sampling_params),
+            cache_salt=start.cache_salt,
+            priority=start.priority,
+            completion_index=start.completion_index,
+            output_token_ids=tuple(start.output_token_ids),
+        )
+        self._host.engine.validate(request)
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if start.num_held_blocks * self._host.engine.facts.block_size >= num_tokens:
+            raise InvalidRequestError(
+                f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
+            )
+        return Prompt(request, start.num_held_blocks)
+
+
+async def _read_grant(requests: AsyncIterator[pb.RunRequest]) -> Grant:
+    async for request in requests:
+        if request.HasField("grant"):
+            grant = request.grant
+            return Grant(bytes(grant.ticket), grant.epoch, grant.transport, grant.address)
+        raise InvalidRequestError("Prefill.Run takes one RunStart, then one TransferGrant", stage="prefill")
+    raise CancelledRequestError("the decode worker closed its side before it granted blocks", stage="prefill")
+
+
+def _to_pb(event: Event, transport: str) -> pb.RunResponse:
+    match event:
+        case Started():
+            return pb.RunResponse(
+                started=pb.RunStarted(
+                    num_cached_tokens=event.num_cached_tokens, transport=transport, queue_s=event.queue_s
+                )
+            )
+        case FirstToken():
+            output = event.output
+            return pb.RunResponse(
+                first_token=pb.FirstToken(
+                    token_id=output.token_ids[0],
+                    logprob=output.logprobs[0].to_pb() if output.logprobs else None,
+                    prompt_logprobs=[logprob.to_pb() for logprob in output.prompt_logprobs],
+                    compute_s=event.compute_s,
+                )
+            )
+        case Complete():
+            stats = event.stats
+            return pb.RunResponse(
+                complete=pb.RunComplete(
+                    kv_bytes=stats.num_bytes, num_parts=stats.num_parts, transfer_s=stats.duration_s
+                )
+            )
