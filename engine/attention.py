@@ -1,0 +1,140 @@
+"""Attention over the paged KV cache, for any mix of prefill chunks and decodes in one step.
+
+    plan = AttentionPlan(batch, kv_cache)     once per step: groups, indices, masks
+    plan.attend(layer, q, k, v)               per layer: write K and V, read the blocks, attend
+
+Sequences are put into groups of like shape. A group's sequences are padded to its longest and attended in one call,
+so that a step of many decodes takes a few calls per layer. Padding and the unwritten tail of a last block may hold
+anything, NaN included: after reading they are overwritten with zeros, and the mask keeps them out of the softmax.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.nn import functional as F
+
+from engine.batch import Batch
+from engine.kv_cache import KVCache
+
+# A sequence joins a group if that pads no member by more than a half, or by more than some blocks: a call costs
+# about as much as reading a hundred tokens.
+_MAX_PADDING_RATIO = 1.5
+_FREE_PADDING_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences attended in one call: N of them, each with Q tokens in this step, over M blocks that hold S tokens.
+
+    Attributes:
+        num_sequences: N.
+        query_rows: [N * Q], rows of the step's tokens.
+        run_rows: [2 * N * num_kv_heads * M], for `KVCache.read`.
+        unwritten: Rows of `buffer`, seen as [2 * N * num_kv_heads * S, head_dim], past their sequence's end.
+        mask: [N, 1, Q, S] in the cache's dtype, 0 where a query may look and -inf elsewhere.
+        buffer: [2 * N * num_kv_heads * M, block_size * head_dim], where K and V are read to; the layers share it.
+    """
+
+    num_sequences: int
+    query_rows: torch.Tensor
+    run_rows: torch.Tensor
+    unwritten: torch.Tensor
+    mask: torch.Tensor
+    buffer: torch.Tensor
+
+
+class AttentionPlan:
+    """What the attention of one step needs and no layer changes. Serves the one forward pass it was built for."""
+
+    def __init__(self, batch: Batch, kv_cache: KVCache) -> None:
+        self._kv_cache = kv_cache
+        self._token_rows = kv_cache.token_rows(batch.slot_mapping)
+        self._groups = [_build_group(batch, kv_cache, members) for members in _grouped(batch)]
+        rows = torch.cat([group.query_rows for group in self._groups])
+        # Outputs come group by group; this brings them back into the order of the step's tokens.
+        self._order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Stores the step's K and V and attends to all that the sequences have.
+
+        Args:
+            q: [T, num_heads, head_dim], rotated.
+            k, v: [T, num_kv_heads, head_dim]; k rotated.
+
+        Returns:
+            [T, num_heads, head_dim].
+        """
+        self._kv_cache.write(layer, k, v, self._token_rows)
+        outputs = [self._attend_group(layer, q, group) for group in self._groups]
+        return torch.cat(outputs).index_select(0, self._order)
+
+    def _attend_group(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
+        """[N * Q, num_heads, head_dim], in the order of the group's `query_rows`."""
+        num_heads, head_dim = q.shape[1:]
+        num_kv_heads = self._kv_cache.num_kv_heads
+        self._kv_cache.read(layer, group.run_rows, out=group.buffer)
+        group.buffer.view(-1, head_dim).index_fill_(0, group.unwritten, 0.0)
+        keys, values = group.buffer.view(2, group.num_sequences, num_kv_heads, -1, head_dim)
+        queries = q.index_select(0, group.query_rows).view(group.num_sequences, -1, num_heads, head_dim)
+        if queries.shape[1] == 1:
+            # The query heads that share a KV head become its queries, so that K and V are read once for all.
+            queries = queries.view(group.num_sequences, num_kv_heads, -1, head_dim)
+            output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+        else:
+            output = F.scaled_dot_product_attention(
+                queries.transpose(1, 2), keys, values, attn_mask=group.mask, enable_gqa=num_heads != num_kv_heads
+            ).transpose(1, 2)
+        return output.reshape(-1, num_heads, head_dim)
+
+
+def _grouped(batch: Batch) -> Iterator[list[int]]:
+    """Indices of sequences, group by group: equal query_len, like seq_len."""
+    shapes = list(zip(batch.query_lens, batch.seq_lens, strict=True))
+    group: list[int] = []
+    for index in sorted(range(len(shapes)), key=shapes.__getitem__):
+        if group and not _fits(shapes[index], shapes[group[0]]):
+            yield group
+            group = []
+        group.append(index)
+    yield group
+
+
+def _fits(shape: tuple[int, int], shortest: tuple[int, int]) -> bool:
+    query_len, seq_len = shape
+    longest = max(shortest[1] * _MAX_PADDING_RATIO, shortest[1] + _FREE_PADDING_TOKENS)
+    return query_len == shortest[0] and seq_len <= longest
+
+
+def _build_group(batch: Batch, kv_cache: KVCache, members: list[int]) -> _Group:
+    # Index arithmetic happens on the host, where the lengths are; only results go to the device.
+    device = kv_cache.device
+    starts = [0, *accumulate(batch.query_lens)]
+    query_len = batch.query_lens[members[0]]
+    seq_lens = torch.tensor([batch.seq_lens[index] for index in members])
+    num_blocks = -(-int(seq_lens.max()) // kv_cache.block_size)
+    slots = torch.arange(num_blocks * kv_cache.block_size)
+
+    queries = torch.arange(query_len)
+    query_rows = torch.tensor([starts[index] for index in members]).unsqueeze(-1) + queries
+    query_positions = (seq_lens - query_len).unsqueeze(-1) + queries
+    hidden = slots > query_positions.unsqueeze(-1)
+    mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(hidden, float("-inf"))
+
+    # [N, num_kv_heads, S], then the same for V behind K.
+    is_unwritten = (slots >= seq_lens.unsqueeze(-1)).unsqueeze(1).expand(-1, kv_cache.num_kv_heads, -1)
+    unwritten_keys = is_unwritten.flatten().nonzero().flatten()
+    unwritten = torch.cat((unwritten_keys, unwritten_keys + is_unwritten.numel()))
+
+    block_tables = batch.block_tables[torch.tensor(members, device=device), :num_blocks]
+    run_rows = kv_cache.run_rows(block_tables)
+    run_width = kv_cache.block_size * kv_cache.head_dim
+    return _Group(
+        num_sequences=len(members),
+        query_rows=query_rows.flatten().to(device),
+        run_rows=run_rows,
+        unwritten=unwritten.to(device),
+        mask=mask.unsqueeze(1).to(device),
+        buffer=torch.empty(len(run_rows), run_width, dtype=kv_cache.dtype, device=device),
+    )

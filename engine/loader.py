@@ -1,0 +1,100 @@
+"""From what a person names to a model that runs: open, check, then fill the parameters one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.model_config import ModelConfig
+from engine.models import build_model
+from engine.models.causal_lm import CausalLM
+from engine.weights.checkpoint import Checkpoint, StoredTensor
+from engine.weights.digest import model_digest
+from engine.weights.source import open_checkpoint
+from pdmesh.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Stored by old checkpoints and computed here from the config.
+_COMPUTED = ".rotary_emb.inv_freq"
+_OUTPUT = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and what tells it apart from others (`digest`, 64 hex digits)."""
+
+    model: CausalLM
+    config: ModelConfig
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+def load_model(source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]) -> LoadedModel:
+    """Loads the model that `source` names. Takes memory for its parameters and one tensor.
+
+    Args:
+        source: A Hugging Face model directory, a .gguf file or a Hub id.
+        dtype: A key of `DTYPES`: what parameters are converted to, and what the model computes in.
+        on_progress: Called with (bytes read, bytes in all), at the start and after each tensor.
+
+    Raises:
+        ConfigError: naming the file, the tensor or field, and what to do.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(source)
+    model = build_model(checkpoint.config)
+    wanted = _checked(model, checkpoint)
+    total = sum(tensor.num_bytes for tensor in wanted)
+    done = 0
+    on_progress(done, total)
+    for tensor in wanted:
+        values = checkpoint.read(tensor.name, DTYPES[dtype])
+        _assign(model, tensor.name, values.to(device))
+        done += tensor.num_bytes
+        on_progress(done, total)
+    # The parameters are there already: this moves what the model computed for itself.
+    model.to(device)
+    return LoadedModel(model.eval(), checkpoint.config, model_digest(checkpoint))
+
+
+def _checked(model: nn.Module, checkpoint: Checkpoint) -> list[StoredTensor]:
+    """The tensors to read, each known to fit its parameter, in the order of the files.
+
+    Raises ConfigError where a parameter has no tensor, a tensor no parameter, or shapes differ.
+    """
+    parameters = dict(model.named_parameters())
+    files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
+    for name in parameters:
+        if name not in checkpoint.tensors:
+            raise ConfigError(f"{files}: tensor {name} is missing: get the checkpoint anew, or check its config")
+    wanted = []
+    for tensor in checkpoint.tensors.values():
+        if tensor.name in parameters:
+            expected = tuple(parameters[tensor.name].shape)
+            if tensor.shape != expected:
+                raise ConfigError(
+                    f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, and the config asks for "
+                    f"{list(expected)}: get config and weights from the same place"
+                )
+            wanted.append(tensor)
+        elif not _is_redundant(tensor.name, checkpoint.config):
+            raise ConfigError(
+                f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
+                "config: get config and weights from the same place"
+            )
+    return wanted
+
+
+def _is_redundant(name: str, config: ModelConfig) -> bool:
+    return name.endswith(_COMPUTED) or (name == _OUTPUT and config.tie_word_embeddings)
+
+
+def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(values, requires_grad=False))

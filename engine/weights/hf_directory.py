@@ -1,0 +1,134 @@
+"""A Hugging Face model directory: config.json and safetensors, in one file or in shards that an index lists."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.config_fields import Fields
+from engine.model_config import ModelConfig, config_from_hf
+from engine.weights.checkpoint import StoredTensor
+from pdmesh.errors import ConfigError
+
+_CONFIG = "config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+# What of a Hub repository a checkpoint needs; "model*" leaves out copies in other layouts ("consolidated*").
+DOWNLOAD_PATTERNS = (_CONFIG, _GENERATION_CONFIG, _INDEX, "model*.safetensors")
+
+_MAX_JSON_BYTES = 64 * 2**20
+_ENCODING_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class HfDirectory:
+    """The `Checkpoint` of a directory. Files stay mapped until it is garbage."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        """Reads the config and the header of each safetensors file. Raises ConfigError."""
+        self._directory = directory
+        self._config = _read_config(directory, name)
+        shards = _shard_names(directory)
+        self._files = tuple(directory / shard for shard in shards)
+        self._shards: dict[Path, Any] = {file: _open_shard(file) for file in self._files}
+        self._tensors = {tensor.name: tensor for file in self._files for tensor in _stored_tensors(file, self._shards)}
+        for shard, listed in shards.items():
+            self._check_listed(shard, listed)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._files
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self._tensors
+
+    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        file = self._tensors[name].file
+        try:
+            mapped: torch.Tensor = self._shards[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f"{file}: tensor {name} cannot be read ({error}): get the file anew") from error
+        # A copy even where the dtype is right: the model must not depend on what becomes of the file.
+        return mapped.to(dtype, copy=True)
+
+    def _check_listed(self, shard: str, listed: frozenset[str]) -> None:
+        """Raises ConfigError where the index puts a tensor into a shard that does not hold it."""
+        for name in sorted(listed):
+            if name not in self._tensors or self._tensors[name].file.name != shard:
+                raise ConfigError(
+                    f"{self._directory / _INDEX}: tensor {name} is listed in {shard}, which does not hold it: "
+                    "get the index and its shards from the same place"
+                )
+
+
+def _read_config(directory: Path, name: str) -> ModelConfig:
+    path, generation_path = directory / _CONFIG, directory / _GENERATION_CONFIG
+    generation = _read_json(generation_path) if generation_path.exists() else {}
+    return config_from_hf(Fields(str(path), _read_json(path)), Fields(str(generation_path), generation), name)
+
+
+def _shard_names(directory: Path) -> dict[str, frozenset[str]]:
+    """The names of the safetensors files, with the tensors that the index lists in each (none without an index)."""
+    index_path = directory / _INDEX
+    if not index_path.exists():
+        if not (directory / _SINGLE).exists():
+            raise ConfigError(f"{directory}: neither {_SINGLE} nor {_INDEX} is there: convert the model to safetensors")
+        return {_SINGLE: frozenset()}
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index_path}: weight_map is missing: get the file anew")
+    shards: dict[str, set[str]] = {}
+    for tensor_name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ConfigError(f"{index_path}: tensor {tensor_name} lies in {shard!r}: must be a file of this directory")
+        shards.setdefault(shard, set()).add(tensor_name)
+    return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
+
+
+def _open_shard(file: Path) -> Any:
+    """A handle of the safetensors library, which publishes no types. It checks the header against the file's size."""
+    if not file.exists():
+        raise ConfigError(f"{file}: is listed in {_INDEX} and missing: get this shard too")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file}: not a whole safetensors file ({error}): get it anew") from error
+
+
+def _stored_tensors(file: Path, shards: Mapping[Path, Any]) -> list[StoredTensor]:
+    shard = shards[file]
+    tensors = []
+    for name in shard.offset_keys():
+        header = shard.get_slice(name)
+        shape, encoding = tuple(header.get_shape()), header.get_dtype()
+        if encoding not in _ENCODING_BYTES:
+            known = ", ".join(_ENCODING_BYTES)
+            raise ConfigError(f"{file}: tensor {name} is stored as {encoding}: supported are {known}")
+        num_bytes = torch.Size(shape).numel() * _ENCODING_BYTES[encoding]
+        tensors.append(StoredTensor(name, shape, encoding, num_bytes, file))
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB: not the file it is named for")
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: is missing: name a Hugging Face model directory, a .gguf file or a Hub id"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}): get the file anew") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object: get the file anew")
+    return content
