@@ -15,7 +15,7 @@ the lease for the next attempt, and no writer can reach them any more once `run`
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -88,8 +88,8 @@ class Handoff:
         epoch: int,
         lease: BlockLease,
         report: Report,
-        on_first_token: Callable[[FirstToken], None],
-    ) -> None:
+        on_first_token: Callable[[FirstToken], bool],
+    ) -> bool:
         """Fills `lease` with the KV of the request's prompt and earlier outputs.
 
         Args:
@@ -99,39 +99,40 @@ class Handoff:
             epoch: Larger than that of any earlier attempt.
             lease: Holds the cached prefix; gains blocks.
             report: Gains what is learned.
-            on_first_token: Called as soon as the token is here, most often before the KV is.
+            on_first_token: Called as soon as the token is here, most often before the KV is. Returns whether the KV
+                is still needed.
 
+        Returns whether `lease` holds the prompt; False only where `on_first_token` returned False.
         Raises MeshError: what the prefill worker or the transfer failed with.
         """
         report.worker_id = target.worker_id
         stub = prefill_pb2_grpc.PrefillStub(self._channels.get(target.address))
         call = stub.Run()
-        granting: asyncio.Task[None] | None = None
         try:
-            await call.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
-            async for response in _events(call):
-                match response.WhichOneof("event"):
-                    case "started":
-                        started = response.started
-                        report.queue_s, report.transport = started.queue_s, started.transport
-                        report.num_cached_tokens = started.num_cached_tokens
-                        receiving = self._receive(call, target, request, request_id, epoch, lease, report)
-                        granting = asyncio.create_task(receiving)
-                    case "first_token":
-                        report.compute_s = response.first_token.compute_s
-                        on_first_token(_first_token(response.first_token))
-                    case "complete":
-                        report.transfer_s = response.complete.transfer_s
-            if granting is None:
-                raise UnavailableError(f"{target.worker_id} ended without a word", stage="prefill")
-            await granting
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, stage="prefill") from error
+            # A failure of either side of the group ends the other: nobody waits for a grant that will not come.
+            async with asyncio.TaskGroup() as group:
+                await call.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
+                async for response in call:
+                    match response.WhichOneof("event"):
+                        case "started":
+                            started = response.started
+                            report.queue_s, report.transport = started.queue_s, started.transport
+                            report.num_cached_tokens = started.num_cached_tokens
+                            group.create_task(self._receive(call, target, request, request_id, epoch, lease, report))
+                        case "first_token":
+                            report.compute_s = response.first_token.compute_s
+                            if not on_first_token(_first_token(response.first_token)):
+                                raise _KVNotNeeded
+                        case "complete":
+                            report.transfer_s = response.complete.transfer_s
+            return True
+        except BaseExceptionGroup as failed:
+            cause = _cause(failed)
+            if isinstance(cause, _KVNotNeeded):
+                return False
+            raise cause from failed
         finally:
             call.cancel()
-            if granting is not None:
-                granting.cancel()
-                await asyncio.gather(granting, return_exceptions=True)
 
     async def _receive(
         self,
@@ -151,8 +152,11 @@ class Handoff:
         block_ids = lease.block_ids[lease.num_cached_blocks :]
         incoming = self._hub.expect(request_id, epoch, target.incarnation, block_ids, report.transport)
         try:
-            await call.write(pb.RunRequest(grant=_grant_to_pb(incoming.grant)))
-            await call.done_writing()
+            try:
+                await call.write(pb.RunRequest(grant=_grant_to_pb(incoming.grant)))
+                await call.done_writing()
+            except asyncio.InvalidStateError as error:
+                raise UnavailableError(f"{target.worker_id} ended before its grant", stage="prefill") from error
             stats = await incoming.wait()
             report.kv_bytes = stats.num_bytes
             self._engine.memory.to_device(block_ids)
@@ -180,11 +184,14 @@ class Handoff:
         )
 
 
-async def _events(
-    call: grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse],
-) -> AsyncIterator[pb.RunResponse]:
-    async for response in call:
-        yield response
+class _KVNotNeeded(Exception):
+    """The first token was the last: what remains of the hand-off can stop."""
+
+
+def _cause(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What failed first, as our error where a peer's status said it."""
+    cause = failed.exceptions[0]
+    return status.from_rpc_error(cause, stage="prefill") if isinstance(cause, grpc.aio.AioRpcError) else cause
 
 
 def _first_token(message: pb.FirstToken) -> FirstToken:
