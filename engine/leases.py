@@ -16,15 +16,16 @@ class Reservation:
     """Blocks that a lease waits for.
 
     Attributes:
-        order: Its place among waiting requests: priority 0, then by arrival.
+        order: Its place among waiting requests: priority 0, then by arrival. The scheduler sets it.
+        granted: The lease has them.
     """
 
     __slots__ = ("granted", "lease", "num_blocks", "order")
 
-    def __init__(self, lease: BlockLease, num_blocks: int, order: tuple[int, int]) -> None:
+    def __init__(self, lease: BlockLease, num_blocks: int) -> None:
         self.lease = lease
         self.num_blocks = num_blocks
-        self.order = order
+        self.order = (0, 0)
         self.granted = False
 
 

@@ -96,12 +96,12 @@ class Scheduler:
     def add_imported(self, request: Request, imported: ImportedPrompt) -> None:
         """Takes over the lease and lets the request join the batch with its blocks.
 
-        Raises InternalError, with the request FAILED and its blocks freed, where these are not those of its tokens.
+        Where these are not those of its tokens, they are freed, and the next plan says so.
         """
         lease = imported.lease
         if lease not in self._leases:
-            request.status = RequestStatus.FAILED
-            raise InternalError("the imported prompt's lease was given back already")
+            self._refuse(request, InternalError("the imported prompt's lease was given back already"))
+            return
         request.order = (-request.source.priority, self._next_arrival())
         request.num_cached_tokens = lease.num_cached_blocks * self.config.block_size
         request.num_committed_blocks = lease.num_cached_blocks
@@ -113,8 +113,8 @@ class Scheduler:
         if len(request.block_table) < num_needed:
             num_held = len(request.block_table)
             self._free_blocks(request)
-            request.status = RequestStatus.FAILED
-            raise InternalError(f"the imported prompt has {num_held} blocks: its tokens need {num_needed}")
+            self._refuse(request, InternalError(f"the lease has {num_held} blocks: its tokens need {num_needed}"))
+            return
         self._commit_full_blocks(request)
         if stop := request.check_stop(self.config.max_model_len):
             self._free_blocks(request)
@@ -136,20 +136,20 @@ class Scheduler:
         num_usable = (len(token_ids) - 1) // size
         self._leases.pin_prefix(lease, block_hashes(token_ids[: num_usable * size], size, root_hash(cache_salt)))
 
-    def reserve(self, lease: BlockLease, num_blocks: int) -> Reservation:
+    def reserve(self, reservation: Reservation) -> None:
         """Queues for blocks; a later plan grants them. Raises InvalidRequestError; see Engine.reserve."""
-        num_total = len(lease.block_ids) + num_blocks
+        lease = reservation.lease
+        num_total = len(lease.block_ids) + reservation.num_blocks
         limit = self.config.max_request_blocks
-        if num_blocks < 0 or num_total > limit:
+        if reservation.num_blocks < 0 or num_total > limit:
             raise InvalidRequestError(
                 f"{num_total} KV blocks are asked for: a request may have {limit} here",
                 reason="KV_CACHE_TOO_SMALL",
                 details={"limit": str(limit)},
             )
         self._leases.open(lease)
-        reservation = Reservation(lease, num_blocks, (0, self._next_arrival()))
+        reservation.order = (0, self._next_arrival())
         self._waiting.add(reservation)
-        return reservation
 
     def cancel_reservation(self, reservation: Reservation) -> None:
         """Leaves the lease as it was before, also where the blocks were granted meanwhile."""
@@ -417,6 +417,10 @@ class Scheduler:
         )
         event = PrefillUpdate(0, 0, (), output) if request.hold_blocks else output
         self._due.append(StepOutput(request, event, last=True))
+
+    def _refuse(self, request: Request, error: MeshError) -> None:
+        request.status = RequestStatus.FAILED
+        self._due.append(StepOutput(request, error, last=True))
 
     # Places
 

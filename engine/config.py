@@ -1,0 +1,154 @@
+"""What an engine is told, and how many KV blocks that comes to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdmesh.config import option
+from pdmesh.errors import ConfigError
+
+_DEFAULT_CPU_CACHE_BYTES = 1 << 30
+# Of the memory that is free once the weights are loaded.
+_MAX_CPU_SHARE = 0.5
+_MAX_CUDA_SHARE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Raises ConfigError for values that make no sense, whatever the model."""
+
+    model: str = option("Hugging Face model directory, .gguf file or Hub id", positional=True)
+    dtype: str = option(
+        "what the model computes in; auto: float32 on CPU, bfloat16 on CUDA",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("where it computes", default="auto", choices=("auto", "cpu", "cuda"))
+    block_size: int = option("tokens in a KV block", default=16)
+    kv_cache_bytes: int | None = option(
+        "bytes of KV cache; default: 1 GiB and at most half of the free memory, on CUDA most of what is free",
+        default=None,
+    )
+    num_blocks: int | None = option("KV blocks, in place of kv_cache_bytes", default=None)
+    max_model_len: int | None = option(
+        "most tokens of a request, prompt and output; default: the model's, or as many as the KV cache holds",
+        default=None,
+    )
+    max_num_seqs: int = option("requests in a step at most", default=64)
+    max_num_batched_tokens: int = option("tokens in a step at most", default=512)
+    max_prefill_chunk: int = option("prompt tokens of one request in a step at most", default=512)
+    num_threads: int | None = option("CPU threads that compute; default: torch's choice", default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk"):
+            _check_positive(name, getattr(self, name))
+        for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "num_threads"):
+            _check_positive(name, getattr(self, name))
+        if self.kv_cache_bytes is not None and self.num_blocks is not None:
+            raise ConfigError("kv_cache_bytes and num_blocks are two ways to say one thing: give one of them")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs is {self.max_num_seqs}, more than max_num_batched_tokens, "
+                f"{self.max_num_batched_tokens}: each running request takes at least one token of a step"
+            )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Raises ConfigError for cuda where there is none."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, and torch finds no CUDA device here: use cpu or auto")
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        """`dtype`, decided."""
+        if self.dtype == "auto":
+            return "bfloat16" if self.torch_device.type == "cuda" else "float32"
+        return self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """How large the KV cache is, and how long that lets a request be."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def cache_size(config: EngineConfig, block_bytes: int, model_max_len: int, available_bytes: int) -> CacheSize:
+    """Decides the size before anything is allocated.
+
+    Args:
+        block_bytes: Bytes of one block.
+        model_max_len: Tokens that the model was made for.
+        available_bytes: Free memory where the cache will lie.
+
+    Raises ConfigError where the cache does not fit in the memory, or the longest request not in the cache.
+    """
+    max_len = config.max_model_len or model_max_len
+    if max_len > model_max_len:
+        raise ConfigError(f"max_model_len is {max_len}: the model was made for {model_max_len} tokens at most")
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // block_bytes
+    else:
+        on_cpu = config.torch_device.type == "cpu"
+        share = int(available_bytes * (_MAX_CPU_SHARE if on_cpu else _MAX_CUDA_SHARE))
+        num_bytes = min(share, _DEFAULT_CPU_CACHE_BYTES) if on_cpu else share
+        # Small models: as much as a full batch of the longest requests needs, and the same again for cached prefixes.
+        num_useful = 2 * config.max_num_seqs * -(-max_len // config.block_size)
+        num_blocks = min(num_bytes // block_bytes, num_useful)
+    if num_blocks < 1:
+        raise ConfigError(f"the KV cache has room for no block of {block_bytes} bytes: raise kv_cache_bytes")
+    if num_blocks * block_bytes > available_bytes:
+        raise ConfigError(
+            f"the KV cache would take {_gib(num_blocks * block_bytes)} and {_gib(available_bytes)} are free: "
+            "lower num_blocks or kv_cache_bytes"
+        )
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and max_len > capacity:
+        raise ConfigError(
+            f"max_model_len is {max_len} and the KV cache holds {capacity} tokens: "
+            "raise num_blocks or kv_cache_bytes, or lower max_model_len"
+        )
+    return CacheSize(num_blocks, min(max_len, capacity))
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Free memory on `device`; for the host, also within this container's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return min(_host_free_bytes(Path("/proc/meminfo")), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
+
+
+def _host_free_bytes(meminfo: Path) -> int:
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        # Not Linux: what is free is not told in one place. Never more than this is taken by default anyhow.
+        return 4 * _DEFAULT_CPU_CACHE_BYTES
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup_free_bytes(cgroup: Path) -> int:
+    """What control group v2 leaves this process, as in a container; without a limit, more than there can be."""
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
+    except OSError:
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(0, int(limit) - int(used))
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} is {value}: must be at least 1")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,127 @@
+"""The thread that owns a model: it takes commands between steps, steps while anything can run, and sleeps otherwise."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.api import BlockEvents, EngineStatus
+from engine.core import EngineCore
+from engine.leases import Reservation
+from engine.scheduler import Scheduler
+from engine.step import StepOutput
+from pdmesh.types import Load
+
+log = logging.getLogger(__name__)
+
+# Something to do between steps. It must not raise: whoever posts it says what becomes of its errors.
+Command = Callable[[Scheduler], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the thread has to tell, at once: before a step what is due then, after it what the step made."""
+
+    outputs: list[StepOutput]
+    granted: list[Reservation]
+    block_events: BlockEvents
+
+
+class EngineThread:
+    """Runs an EngineCore. `post`, `stop` and the snapshots are for other threads; all else is its own.
+
+    Args:
+        build: Makes the core, on this thread: loading takes long, and torch's settings are per thread.
+        deliver: Called on this thread with news.
+        on_end: Called on this thread, last of all, with what ended it: None if it was told to stop.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], EngineCore],
+        deliver: Callable[[Delivery], None],
+        on_end: Callable[[Exception | None], None],
+    ) -> None:
+        self._build = build
+        self._deliver = deliver
+        self._on_end = on_end
+        self._wakeup = threading.Condition()
+        self._inbox: list[Command] = []
+        self._stopping = False
+        # Values, replaced after each step: reading them needs no lock.
+        self.load = Load()
+        self.status = EngineStatus(0, 0, 0, 0, 0, 0)
+        # A daemon: a process that forgot to close its engine ends all the same.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def post(self, command: Command) -> None:
+        """Has `command` run before the next step; once the thread is ending it is dropped."""
+        with self._wakeup:
+            if not self._stopping:
+                self._inbox.append(command)
+                self._wakeup.notify()
+
+    def stop(self) -> None:
+        """Ends the thread after the running step; idempotent."""
+        with self._wakeup:
+            self._stopping = True
+            self._wakeup.notify()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        ended_by: Exception | None = None
+        try:
+            core = self._build()
+        except Exception as error:
+            # Whoever started the engine is told, and says so.
+            ended_by = error
+        else:
+            try:
+                self._serve(core)
+            except Exception as error:
+                log.exception("the engine's thread failed")
+                ended_by = error
+        self.stop()
+        self._on_end(ended_by)
+
+    def _serve(self, core: EngineCore) -> None:
+        self._publish(core)
+        idle = True
+        while (commands := self._take_commands(wait=idle)) is not None:
+            for command in commands:
+                command(core.scheduler)
+            plan = core.scheduler.schedule()
+            if plan.outputs or plan.granted:
+                self._publish(core)
+                self._deliver(Delivery(plan.outputs, plan.granted, BlockEvents()))
+            outputs = core.execute(plan)
+            # First what can be seen at any time, so that whoever hears of a step's end sees what it left.
+            self._publish(core)
+            events = core.scheduler.drain_block_events()
+            if outputs or events.stored or events.removed:
+                self._deliver(Delivery(outputs, [], events))
+            # A plan without requests means that nothing can run before the next command.
+            idle = not plan.scheduled
+
+    def _take_commands(self, *, wait: bool) -> list[Command] | None:
+        """What was posted since the last call; None when it is time to stop."""
+        with self._wakeup:
+            while wait and not self._inbox and not self._stopping:
+                self._wakeup.wait()
+            if self._stopping:
+                return None
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _publish(self, core: EngineCore) -> None:
+        self.load = core.scheduler.load()
+        self.status = core.status()

@@ -1,0 +1,273 @@
+"""The engine in this process: EngineCore on a thread of its own, this class on the event loop's side.
+
+    event loop                                    engine thread
+    generate, reserve, aclose … ──▶ inbox ──▶     commands, between steps
+                                                  schedule ──▶ what is due before the step ─┐
+    streams, futures, listeners ◀── call_soon ◀── run, update ──▶ what the step made ───────┘
+
+The thread alone touches scheduler, model and the KV of blocks that no lease or stream owns; the loop alone touches
+streams and futures.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from engine.api import (
+    BlockEvents,
+    BlockLease,
+    BlockMemory,
+    EngineRequest,
+    EngineStatus,
+    ImportedPrompt,
+    OutputStream,
+    PrefillStream,
+)
+from engine.assembly import Assembly, ModelLoader, assemble
+from engine.config import EngineConfig
+from engine.core import EngineCore, as_mesh_error
+from engine.engine_thread import Delivery, EngineThread
+from engine.leases import Reservation
+from engine.loader import load_model
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.streams import EngineStream
+from engine.validation import validate_request
+from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.types import Load, ModelInfo, PairingFacts
+
+
+class LocalEngine:
+    """Implements Engine; see the module and engine/api.py.
+
+    Args:
+        load: Loads the model that `config` names.
+    """
+
+    def __init__(self, config: EngineConfig, load: ModelLoader = load_model) -> None:
+        self._config = config
+        self._load_model = load
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = EngineThread(self._build, self._on_delivery, self._on_thread_end)
+        self._assembly: Assembly | None = None
+        self._ended_by: MeshError | None = None
+        self._on_progress: Callable[[int, int], None] = lambda done, total: None
+        self._streams: dict[Request, EngineStream[Any]] = {}
+        # Whatever is awaited in a method of this class, and those among them that wait for blocks.
+        self._futures: set[asyncio.Future[None]] = set()
+        self._grants: dict[Reservation, asyncio.Future[None]] = {}
+        self._listeners: list[Callable[[BlockEvents], None]] = []
+
+    # What it is
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._parts.model
+
+    @property
+    def facts(self) -> PairingFacts:
+        return self._parts.facts
+
+    @property
+    def memory(self) -> BlockMemory:
+        return self._parts.kv_cache
+
+    def load(self) -> Load:
+        return self._thread.load
+
+    def status(self) -> EngineStatus:
+        return self._thread.status
+
+    def subscribe_blocks(self, listener: Callable[[BlockEvents], None]) -> None:
+        self._listeners.append(listener)
+
+    @property
+    def _parts(self) -> Assembly:
+        assert self._assembly is not None, "start the engine first"
+        return self._assembly
+
+    # Its life
+
+    async def start(self, on_progress: Callable[[int, int], None]) -> None:
+        assert self._loop is None, "the engine was started before"
+        self._loop = asyncio.get_running_loop()
+        self._on_progress = on_progress
+        with self._future() as started:
+            self._started = started
+            self._thread.start()
+            await started
+
+    async def close(self) -> None:
+        self._thread.stop()
+        if self._loop is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._end(_closed_error())
+
+    def _end(self, error: MeshError) -> None:
+        """Tells everybody who waits for something that it will not come."""
+        self._ended_by = self._ended_by or error
+        for stream in self._streams.values():
+            stream.end(error)
+        self._streams.clear()
+        for future in self._futures:
+            _fail(future, error)
+
+    def _check_running(self) -> None:
+        assert self._assembly is not None, "start the engine first"
+        if self._ended_by is not None or self._thread.stopping:
+            raise self._ended_by or _closed_error()
+
+    # Requests
+
+    def validate(self, request: EngineRequest) -> None:
+        model = self._parts.model
+        validate_request(request, vocab_size=model.vocab_size, max_model_len=model.max_model_len)
+
+    def generate(self, request: EngineRequest, imported: ImportedPrompt | None = None) -> OutputStream:
+        if imported is None:
+            return self._submit(request, hold_blocks=False, add=lambda scheduler, queued: scheduler.add(queued))
+        try:
+            return self._submit(
+                request, hold_blocks=False, add=lambda scheduler, queued: scheduler.add_imported(queued, imported)
+            )
+        except MeshError:
+            self._thread.post(lambda scheduler: scheduler.release(imported.lease))
+            raise
+
+    def prefill(self, request: EngineRequest) -> PrefillStream:
+        return self._submit(request, hold_blocks=True, add=lambda scheduler, queued: scheduler.add(queued))
+
+    def _submit(
+        self, source: EngineRequest, *, hold_blocks: bool, add: Callable[[Scheduler, Request], None]
+    ) -> EngineStream[Any]:
+        self._check_running()
+        self.validate(source)
+        request = Request(source, hold_blocks=hold_blocks)
+        stream: EngineStream[Any] = EngineStream(lambda: self._close_stream(request))
+        self._streams[request] = stream
+        self._thread.post(lambda scheduler: add(scheduler, request))
+        return stream
+
+    def _close_stream(self, request: Request) -> None:
+        # A held request outlives its last output; any other is over with it.
+        if self._streams.pop(request, None) is not None or request.hold_blocks:
+            self._thread.post(lambda scheduler: scheduler.abort(request))
+
+    # Leases
+
+    async def acquire_prefix(self, token_ids: Sequence[int], cache_salt: bytes) -> BlockLease:
+        self._check_running()
+        lease = BlockLease()
+        with self._future() as acquired:
+
+            def acquire(scheduler: Scheduler) -> None:
+                scheduler.acquire_prefix(lease, token_ids, cache_salt)
+                self._tell(_resolve, acquired)
+
+            self._thread.post(acquire)
+            try:
+                await acquired
+            except BaseException:
+                # It comes after `acquire` in the inbox, so it finds whatever that has leased.
+                self._thread.post(lambda scheduler: scheduler.release(lease))
+                raise
+        return lease
+
+    async def reserve(self, lease: BlockLease, num_blocks: int) -> None:
+        self._check_running()
+        reservation = Reservation(lease, num_blocks)
+        with self._future() as granted:
+
+            def reserve(scheduler: Scheduler) -> None:
+                try:
+                    scheduler.reserve(reservation)
+                except MeshError as error:
+                    self._tell(_fail, granted, error)
+
+            self._grants[reservation] = granted
+            self._thread.post(reserve)
+            try:
+                await granted
+            except BaseException:
+                # Also where the grant is on its way: then the blocks are taken back.
+                self._thread.post(lambda scheduler: scheduler.cancel_reservation(reservation))
+                raise
+            finally:
+                del self._grants[reservation]
+
+    async def release(self, lease: BlockLease) -> None:
+        self._thread.post(lambda scheduler: scheduler.release(lease))
+
+    # From the thread
+
+    def _build(self) -> EngineCore:
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)
+        self._assembly = assemble(self._config, self._load_model, self._report_progress)
+        self._tell(_resolve, self._started)
+        return self._assembly.core
+
+    def _report_progress(self, done: int, total: int) -> None:
+        if self._thread.stopping:
+            raise _closed_error()
+        self._tell(self._on_progress, done, total)
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        self._tell(self._deliver, delivery)
+
+    def _on_thread_end(self, error: Exception | None) -> None:
+        if error is not None:
+            self._tell(self._end, as_mesh_error(error))
+
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
+        assert self._loop is not None
+        # A loop that was closed without closing the engine has nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        for output in delivery.outputs:
+            stream = self._streams.get(output.request)
+            if stream is None:
+                continue
+            if isinstance(output.event, MeshError):
+                stream.end(output.event)
+            else:
+                stream.put(output.event)
+            if output.last:
+                stream.end()
+                del self._streams[output.request]
+        for reservation in delivery.granted:
+            if reservation in self._grants:
+                _resolve(self._grants[reservation])
+        if delivery.block_events.stored or delivery.block_events.removed:
+            for listener in self._listeners:
+                listener(delivery.block_events)
+
+    @contextlib.contextmanager
+    def _future(self) -> Iterator[asyncio.Future[None]]:
+        """A future that fails if the engine ends first."""
+        assert self._loop is not None
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._futures.add(future)
+        try:
+            yield future
+        finally:
+            self._futures.remove(future)
+
+
+def _closed_error() -> UnavailableError:
+    return UnavailableError("the engine was closed: take another worker", reason="ENGINE_CLOSED")
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
