@@ -1,0 +1,127 @@
+"""A whole mesh in one process: real services on real sockets, an in-process directory, engines on threads.
+
+Ends every scenario with `assert_idle`: nothing held, nothing running, every block back.
+"""
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from decode.config import DecodeConfig
+from decode.service import DecodeService
+from engine.config import EngineConfig
+from engine.local_engine import LocalEngine
+from kvstore.directory import Directory
+from kvstore.memory_directory import MemoryDirectory
+from pdmesh import AsyncClient
+from pdmesh.config import ServiceConfig
+from prefill.config import PrefillConfig
+from prefill.service import PrefillService
+from router.config import RouterConfig
+from router.service import RouterService
+from worker.config import WorkerConfig
+
+WorkerService = PrefillService | DecodeService
+
+
+@dataclass(eq=False)
+class Mesh:
+    """Use as `async with Mesh(model) as mesh:`; the body runs when the router is SERVING.
+
+    Attributes:
+        model: Model directory.
+        num_prefill: Prefill workers.
+        num_decode: Decode workers.
+        transports: What decode workers receive KV on.
+        engine: Fields of EngineConfig.
+        decode: Fields of DecodeConfig.
+        router: Fields of RouterConfig.
+        max_requests: Of each worker.
+        directory: Shared by all; none of the services closes it.
+    """
+
+    model: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    transports: str = "tcp,grpc"
+    engine: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    router: dict[str, Any] = field(default_factory=dict)
+    max_requests: int = 256
+    directory: Directory = field(default_factory=MemoryDirectory)
+
+    def __post_init__(self) -> None:
+        self.prefills: list[PrefillService] = []
+        self.decodes: list[DecodeService] = []
+
+    async def __aenter__(self) -> Self:
+        self._threads_before = threading.active_count()
+        await asyncio.gather(
+            *(self.add_decode() for _ in range(self.num_decode)), *(self.add_prefill() for _ in range(self.num_prefill))
+        )
+        self.service = RouterService(RouterConfig(model=str(self.model), **self.router), self.directory)
+        await self.service.start()
+        self.client = AsyncClient(self.service.address)
+        async with asyncio.timeout(20):
+            while not self.service.serving:
+                await asyncio.sleep(0.02)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.client.aclose()
+        await self.service.close()
+        await asyncio.gather(*(worker.close() for worker in self.workers))
+
+    @property
+    def workers(self) -> list[WorkerService]:
+        return [*self.prefills, *self.decodes]
+
+    async def add_prefill(self) -> PrefillService:
+        config = PrefillConfig(self._worker_config(f"prefill-{len(self.prefills)}"))
+        service = PrefillService(config, LocalEngine(config.worker.engine), self.directory)
+        self.prefills.append(service)
+        await service.start()
+        return service
+
+    async def add_decode(self) -> DecodeService:
+        worker = self._worker_config(f"decode-{len(self.decodes)}")
+        config = DecodeConfig(**{"worker": worker, "transports": self.transports, **self.decode})
+        service = DecodeService(config, LocalEngine(config.worker.engine), self.directory)
+        self.decodes.append(service)
+        await service.start()
+        return service
+
+    def _worker_config(self, worker_id: str) -> WorkerConfig:
+        engine = EngineConfig(
+            **{"model": str(self.model), "dtype": "float32", "num_blocks": 512, "num_threads": 1, **self.engine}
+        )
+        return WorkerConfig(ServiceConfig(), engine, worker_id, self.max_requests)
+
+    def held(self) -> str:
+        """What somebody still holds, for a person; empty when the mesh is idle."""
+        found = []
+        if self.service.num_active_requests:
+            found.append(f"router: {self.service.num_active_requests} requests")
+        for worker in self.workers:
+            status = worker.host.status()
+            counts = {
+                "requests": status.num_requests,
+                "leases": status.num_leases,
+                "tickets": status.num_tickets,
+                "tasks": status.num_request_tasks,
+                "blocks": status.info.load.num_blocks - status.info.load.num_free_blocks,
+            }
+            found += [f"{status.info.worker_id}: {count} {name}" for name, count in counts.items() if count]
+        return "; ".join(found)
+
+    async def assert_idle(self, within_s: float = 1.0) -> None:
+        """Everything is given back within `within_s` seconds from now."""
+        deadline = asyncio.get_running_loop().time() + within_s
+        while self.held() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        assert not self.held(), f"still held {within_s} s after the end: {self.held()}"
