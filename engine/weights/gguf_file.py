@@ -94,12 +94,15 @@ class GgufFile:
 
 def _open(path: Path) -> Any:
     """The gguf library's reader. It maps the file, so sizes in a damaged header lead past the end and not to memory."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ConfigError(f"{path}: not a GGUF file (it does not begin with GGUF): name the right file")
     try:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        if not is_gguf:
+            raise ConfigError(f"{path}: not a GGUF file (it does not begin with GGUF): name the right file")
         return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ConfigError(f"{path}: damaged or cut short ({error}): get the file anew") from error
 
 

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf_file import GgufFile
@@ -35,8 +34,9 @@ def open_checkpoint(source: str) -> Checkpoint:
 def _downloaded(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(DOWNLOAD_PATTERNS)))
-    except (OSError, HFValidationError) as error:
-        # The Hub's errors are long; the first line says what happened.
+    except Exception as error:
+        # The library's errors for network, names, permissions and transfer share no base, and the remedy is one.
+        # They are long; the first line says what happened.
         cause = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"{repo_id}: no such path here, and not to be had from the Hugging Face Hub ({cause}): "
