@@ -60,11 +60,11 @@ async def abort(context: Aborter, error: errors.MeshError) -> NoReturn:
     await context.abort_with_status(to_status(error))
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError, *, stage: str = "") -> errors.MeshError:
+def from_rpc_error(error: grpc.RpcError, *, stage: str = "") -> errors.MeshError:
     """What a peer's status means here: the class by code, reason and stage from its details where it sent any."""
     code, message = error.code(), error.details() or ""
     cls = _CLASSES.get(code, errors.UnavailableError if code is grpc.StatusCode.UNKNOWN else errors.InternalError)
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it takes an AioRpcError, its stubs do not
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it takes any failed call, its stubs do not
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
