@@ -1,0 +1,1 @@
+"""The transfer service: KV blocks from one worker's memory into another's, verified. See base.py."""

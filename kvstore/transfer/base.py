@@ -1,0 +1,109 @@
+"""Moving KV blocks between workers: the words and the seams.
+
+A receiver that has reserved blocks issues a ticket for exactly these; the `Grant` that carries it travels over gRPC. The
+sender opens a `KVSender` with it and sends blocks as they become ready. Blocks are counted from the first one that the
+ticket covers: a sender never learns where they lie in the receiver's memory.
+
+    receiver:  ReceiverHub.expect(…) -> IncomingTransfer: wait(), aclose()
+    sender:    KVSenders.sender(grant, …) -> KVSender: open(), send(…) …, finish(), aclose()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import google_crc32c
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """What one transfer moved. The duration runs, on its own side, from the opening to the last acknowledgement."""
+
+    num_bytes: int
+    num_parts: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Leave to write certain blocks, once.
+
+    Attributes:
+        ticket: 16 random bytes.
+        epoch: Of the attempt that it belongs to.
+        transport: Over which the blocks are awaited.
+        address: Where that transport listens, host:port.
+    """
+
+    ticket: bytes
+    epoch: int
+    transport: str
+    address: str
+
+
+class BlockMemory(Protocol):
+    """The bytes of KV blocks; an engine's memory has this shape."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def view(self, block_id: int) -> memoryview:
+        """The writable bytes of one block, `block_bytes` long."""
+        ...
+
+    def to_host(self, block_ids: Sequence[int]) -> None:
+        """Before views are read."""
+        ...
+
+    def to_device(self, block_ids: Sequence[int]) -> None:
+        """After views were written, before the blocks are used."""
+        ...
+
+
+class KVSender(Protocol):
+    """One transfer, on the side that has the blocks. Not reusable; `aclose` in any case.
+
+    Every method raises MeshError: TicketError or CorruptionError as the receiver said it, UnavailableError where the
+    receiver was lost.
+    """
+
+    async def open(self) -> None:
+        """Presents the ticket."""
+        ...
+
+    async def send(self, first_index: int, block_ids: Sequence[int]) -> None:
+        """Sends blocks whose place in the ticket begins at `first_index`. Their bytes must stay until `aclose`."""
+        ...
+
+    async def finish(self) -> TransferStats:
+        """Returns when the receiver has verified every byte that the ticket covers."""
+        ...
+
+    async def aclose(self) -> None:
+        """Aborts what is not finished. After it, nobody reads the blocks any more. Idempotent."""
+        ...
+
+
+class KVReceiver(Protocol):
+    """One transport's listening end, on the side that reserves the blocks."""
+
+    @property
+    def address(self) -> str:
+        """Where senders reach it, once started."""
+        ...
+
+    async def start(self) -> None: ...
+
+    async def aclose(self) -> None:
+        """Ends every transfer and returns when none can write any more."""
+        ...
+
+
+def crc32c(pieces: Sequence[memoryview | bytes]) -> int:
+    """CRC32C (Castagnoli) of the pieces laid end to end, read in place."""
+    crc = 0
+    for piece in pieces:
+        # google_crc32c takes read-only buffers alone; a read-only array over the same memory is one.
+        crc = google_crc32c.extend(crc, np.frombuffer(memoryview(piece).toreadonly(), np.uint8))
+    return crc
