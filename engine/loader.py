@@ -60,7 +60,7 @@ def load_model(source: str, dtype: str, device: torch.device, on_progress: Calla
         on_progress(done, total)
     # The parameters are there already: this moves what the model computed for itself.
     model.to(device)
-    return LoadedModel(model.eval(), checkpoint.config, model_digest(checkpoint))
+    return LoadedModel(model, checkpoint.config, model_digest(checkpoint))
 
 
 def _checked(model: nn.Module, checkpoint: Checkpoint) -> list[StoredTensor]:

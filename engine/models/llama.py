@@ -40,7 +40,8 @@ class LlamaForCausalLM(CausalLM):
 class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Not by the constructor: for initial values, which nobody reads, it imports torch's compiler, which takes a second.
+        # Not by the constructor: for initial values, which nobody reads, it imports torch's compiler, and that takes
+        # a second.
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer) for layer in range(config.num_layers))

@@ -88,8 +88,7 @@ class GgufFile:
             values = _unpermuted(values, self._config.num_heads)
         elif ".self_attn.k_proj." in name:
             values = _unpermuted(values, self._config.num_kv_heads)
-        # A copy even where the dtype is right: unquantised values are still the mapped file's own.
-        return values.to(dtype, copy=True)
+        return values.to(dtype)
 
 
 def _open(path: Path) -> Any:
@@ -132,9 +131,9 @@ def _stored_tensor(name: str, tensor: Any, path: Path) -> StoredTensor:
 
 
 def _values(tensor: Any) -> torch.Tensor:
-    """Dequantised, float32."""
+    """Dequantised, float32, in memory of their own."""
     values: Any = dequantize(tensor.data, tensor.tensor_type)
-    # Unquantised values are views of the mapped file, read-only; torch warns of such arrays.
+    # Only F32 needs no decoding: those values are still the mapped file's, read-only.
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.loader import LoadedModel, load_model
+from engine.models.llama import RMSNorm
 
 CPU = torch.device("cpu")
 SHAPES = ["gqa", "mha", "mqa-tied", "wide-heads", "biases", "rope-linear", "rope-llama3", "rope-yarn"]
@@ -145,6 +147,15 @@ def test_half_precision_is_near_single(tiny_llama: Callable[[str], Path], dtype:
     assert actual.dtype == torch.float32
     error = (actual - expected).norm() / expected.norm()
     assert error < (0.1 if dtype == "bfloat16" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_rounds_where_transformers_does(dtype: torch.dtype) -> None:
+    ours, theirs = RMSNorm(64, 1e-5), LlamaRMSNorm(64, 1e-5)
+    weight = torch.nn.Parameter(torch.randn(64).to(dtype), requires_grad=False)
+    ours.weight = theirs.weight = weight
+    hidden = (torch.randn(50, 64) * 30).to(dtype)
+    assert torch.equal(ours(hidden), theirs(hidden))
 
 
 def test_greedy_tokens_equal_generate(tiny_llama: Callable[[str], Path]) -> None:
