@@ -1,12 +1,12 @@
 """`python -m decode MODEL`: one decode worker."""
 
+from decode.config import DecodeConfig
+from decode.service import DecodeService
 from engine.local_engine import LocalEngine
 from kvstore.redis_directory import RedisDirectory
 from pdmesh.config import parse
 from pdmesh.server import run
 from pdmesh.telemetry import configure_logging
-from decode.config import DecodeConfig
-from decode.service import DecodeService
 
 
 def main() -> None:

@@ -20,7 +20,14 @@ class DecodeService:
     def __init__(self, config: DecodeConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.DECODE, engine, directory)
         self._channels = ChannelPool()
-        self._hub = ReceiverHub(EngineMemory(engine), config.transport_names)
+        listen = config.worker.service
+        self._hub = ReceiverHub(
+            EngineMemory(engine),
+            config.transport_names,
+            self.host.server,
+            listen.host,
+            listen.advertise or listen.host,
+        )
         self.host.num_tickets = lambda: self._hub.num_open_tickets
         worker = DecodeWorker(
             engine, Handoff(self.host, engine, self._hub, self._channels), config.short_prefill_tokens
