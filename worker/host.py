@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from engine.api import Engine
@@ -43,7 +43,7 @@ class WorkerHost:
         self.server = GrpcServer(service.host, service.port, service.advertise)
         self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
         self.drain_requested = asyncio.Event()
-        self.num_tickets = lambda: 0
+        self.num_tickets: Callable[[], int] = lambda: 0
         self._max_requests = config.max_requests
         self._num_admitted = 0
         self._directory = directory
@@ -155,9 +155,7 @@ class _WorkerServicer(cluster_pb2_grpc.WorkerServicer):
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
 
-    async def GetStatus(
-        self, request: cluster_pb2.GetStatusRequest, context: object
-    ) -> cluster_pb2.GetStatusResponse:
+    async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: object) -> cluster_pb2.GetStatusResponse:
         return self._host.status()
 
     async def Drain(self, request: cluster_pb2.DrainRequest, context: object) -> cluster_pb2.DrainResponse:

@@ -1,8 +1,8 @@
 """Moving KV blocks between workers: the words and the seams.
 
-A receiver that has reserved blocks issues a ticket for exactly these; the `Grant` that carries it travels over gRPC. The
-sender opens a `KVSender` with it and sends blocks as they become ready. Blocks are counted from the first one that the
-ticket covers: a sender never learns where they lie in the receiver's memory.
+A receiver that has reserved blocks issues a ticket for exactly these; the `Grant` that carries it travels over gRPC.
+The sender opens a `KVSender` with it and sends blocks as they become ready. Blocks are counted from the first one that
+the ticket covers: a sender never learns where they lie in the receiver's memory.
 
     receiver:  ReceiverHub.expect(…) -> IncomingTransfer: wait(), aclose()
     sender:    KVSenders.sender(grant, …) -> KVSender: open(), send(…) …, finish(), aclose()

@@ -1,6 +1,7 @@
 """The receiving side, as a decode worker uses it: expect a transfer, wait for it, close it."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -9,6 +10,7 @@ from kvstore.transfer.grpc_transport import GrpcReceiver
 from kvstore.transfer.tcp import TcpReceiver
 from kvstore.transfer.tickets import Incoming, TicketTable, TransferState
 from pdmesh.server import GrpcServer
+from pdmesh.tasks import settled
 from pdmesh.v1 import kv_transfer_pb2_grpc
 
 
@@ -85,11 +87,13 @@ class IncomingTransfer:
         self._ended = ended
         self._started_at = loop.time()
         self._tickets = tickets
-        # The transfer may end on a thread, after the loop has gone.
-        self._incoming = Incoming(
-            request_id, epoch, sender_incarnation, block_ids, block_bytes,
-            lambda: None if loop.is_closed() else loop.call_soon_threadsafe(ended.set),
-        )  # fmt: skip
+
+        def on_end() -> None:
+            # On any thread, and perhaps after the loop has gone.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended.set)
+
+        self._incoming = Incoming(request_id, epoch, sender_incarnation, block_ids, block_bytes, on_end)
         tickets.issue(self._incoming)
         self.grant = Grant(self._incoming.ticket, epoch, transport, address)
 
@@ -108,9 +112,8 @@ class IncomingTransfer:
         self._tickets.drop(self._incoming)
         self._incoming.revoke()
         if not self._incoming.quiet:
-            # A thread that shut-down has not woken yet. Shielded: the blocks must not go back before it is out.
-            waiting = asyncio.get_running_loop().run_in_executor(None, self._incoming.wait_quiet)
-            await asyncio.shield(waiting)
+            # A thread that the shutdown of its socket has not woken yet.
+            await settled(asyncio.get_running_loop().run_in_executor(None, self._incoming.wait_quiet))
 
     async def __aenter__(self) -> "IncomingTransfer":
         return self

@@ -78,5 +78,5 @@ def pack_nack(error: MeshError) -> bytes:
 
 def parse_nack(body: bytes) -> MeshError:
     """The error that a NACK's body tells of; of an unknown class, UnavailableError."""
-    name, reason, message = (body.decode(errors="replace").split("\n", 2) + ["", ""])[:3]
+    name, reason, message = [*body.decode(errors="replace").split("\n", 2), "", ""][:3]
     return _ERRORS.get(name, UnavailableError)(message, reason=reason or None, stage="transfer")

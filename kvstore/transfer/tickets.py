@@ -4,8 +4,8 @@
       │                     │
       └───── fail / revoke ─┴──▶ FAILED
 
-A writer brackets each write into block memory with `writing`. `revoke` forbids further writes and stops the writer; once
-`wait_quiet` has returned, no write is under way nor can one begin: the blocks may be given to somebody else.
+A writer brackets each write into block memory with `writing`. `revoke` forbids further writes and stops the writer;
+once `wait_quiet` has returned, no write is under way nor can one begin: the blocks may be given to somebody else.
 """
 
 import secrets
