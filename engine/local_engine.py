@@ -164,8 +164,13 @@ class LocalEngine:
         with self._future() as acquired:
 
             def acquire(scheduler: Scheduler) -> None:
-                scheduler.acquire_prefix(lease, token_ids, cache_salt)
-                self._tell(_resolve, acquired)
+                try:
+                    scheduler.acquire_prefix(lease, token_ids, cache_salt)
+                except (OverflowError, TypeError, ValueError) as error:
+                    # Token ids that cannot be hashed; nothing was changed yet.
+                    self._tell(_fail, acquired, as_mesh_error(error))
+                else:
+                    self._tell(_resolve, acquired)
 
             self._thread.post(acquire)
             try:

@@ -42,9 +42,7 @@ class SamplingState:
         self.plain_greedy = sampling.greedy and sampling.logprobs is None and self.edits is None
 
 
-def sample(
-    logits: torch.Tensor, requests: Sequence[Request], states: Sequence[SamplingState]
-) -> list[SampledToken]:
+def sample(logits: torch.Tensor, requests: Sequence[Request], states: Sequence[SamplingState]) -> list[SampledToken]:
     """The next token of each request.
 
     Args:
@@ -109,7 +107,9 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], keys: Sequence[int]
     truncated = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1.0]
     if truncated:
         index = torch.tensor(truncated, device=device)
-        ends = _truncation_thresholds(scaled[index], [params[r].top_k for r in truncated], [params[r].top_p for r in truncated])
+        ends = _truncation_thresholds(
+            scaled[index], [params[r].top_k for r in truncated], [params[r].top_p for r in truncated]
+        )
         thresholds[index] = thresholds[index].maximum(ends)
 
     rows, token_ids = (scaled >= thresholds.unsqueeze(1)).nonzero(as_tuple=True)
