@@ -78,7 +78,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequestError(
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
-        return Prompt(request, start.num_held_blocks)
+        return Prompt(start.request_id, request, start.num_held_blocks)
 
 
 async def _read_grant(requests: AsyncIterator[pb.RunRequest]) -> Grant:

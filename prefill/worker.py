@@ -1,13 +1,13 @@
 """One prompt's life on a prefill worker.
 
-    1. It queues in the engine; no memory is held for it anywhere.
-    2. First scheduled: the decode worker is told (`Started`), and answers in its time with a grant.
-    3. Each step computes a chunk. Blocks that are full and not held by the decode worker become ready; once the
-       grant is here they are sent, while the next chunk computes.
-    4. The last step samples the first token, passed on at once (`FirstToken`). If decode has no room yet, the KV
-       stays here, in the request's own blocks, until the grant comes or the stream ends.
-    5. The rest is sent, the receiver acknowledges all of it (`Complete`).
-    6. However it ends, the sender is closed and the blocks go back, in one `finally`.
+1. It queues in the engine; no memory is held for it anywhere.
+2. First scheduled: the decode worker is told (`Started`), and answers in its time with a grant.
+3. Each step computes a chunk. Blocks that are full and not held by the decode worker become ready; once the
+   grant is here they are sent, while the next chunk computes.
+4. The last step samples the first token, passed on at once (`FirstToken`). If decode has no room yet, the KV
+   stays here, in the request's own blocks, until the grant comes or the stream ends.
+5. The rest is sent, the receiver acknowledges all of it (`Complete`).
+6. However it ends, the sender is closed and the blocks go back, in one `finally`.
 """
 
 import asyncio
@@ -49,8 +49,15 @@ Event = Started | FirstToken | Complete
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a decode worker asks for. Blocks before `num_held_blocks` it has: they do not travel."""
+    """What a decode worker asks for.
 
+    Attributes:
+        request_id: The router's id of it, to which the ticket is bound.
+        request: What to compute; its id tells attempts apart.
+        num_held_blocks: Leading blocks that the decode worker has: they do not travel.
+    """
+
+    request_id: str
     request: EngineRequest
     num_held_blocks: int
 
@@ -117,7 +124,7 @@ class _Shipment:
         grant = await self._grant
         num_held = self._prompt.num_held_blocks
         num_sent = num_held
-        async with aclosing(self._senders.sender(grant, self._prompt.request.request_id)) as sender:
+        async with aclosing(self._senders.sender(grant, self._prompt.request_id)) as sender:
             await sender.open()
             while True:
                 await self._changed.wait()

@@ -106,7 +106,7 @@ class TcpReceiver:
             while self._serve_transfer(connection):
                 pass
         except MeshError as error:
-            log.warning("KV transfer refused: %s", error.message, extra={"reason": error.reason})
+            log.info("KV transfer refused: %s", error.message, extra={"reason": error.reason})
             with contextlib.suppress(OSError):
                 connection.sendall(pack_nack(error))
         except OSError as error:
@@ -254,6 +254,8 @@ class TcpSender:
             if self._working is not None:
                 # The thread still reads blocks that the caller is about to free.
                 await settled(self._working)
+                # What it failed with was for a caller that has gone.
+                self._working.exception()
         finally:
             for leftover in (connection, self._connection):
                 if leftover is not None:
