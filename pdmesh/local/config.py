@@ -1,0 +1,84 @@
+"""What the operator of a local cluster says, checked before anything starts."""
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdmesh.config import option
+from pdmesh.errors import ConfigError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConfig:
+    """Settings not named here reach the services as PDMESH_* variables, which they inherit."""
+
+    model: str = option("Hugging Face model directory, .gguf file or Hub id", positional=True)
+    prefill: int = option("prefill workers", default=1)
+    decode: int = option("decode workers", default=1)
+    host: str = option("address that the router listens on", default="127.0.0.1")
+    port: int = option("port that the router listens on; 0 takes a free one", default=50051)
+    redis_url: str | None = option("Redis to use; default: an embedded Valkey of this cluster's own", default=None)
+    cluster: str = option("name that keeps clusters on one Redis apart", default="default")
+    dtype: str = option(
+        "what the model computes in; auto: float32 on CPU, bfloat16 on CUDA",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
+    num_threads: int | None = option("CPU threads of each worker; default: the cores, divided", default=None)
+    kv_cache_bytes: int | None = option("bytes of KV cache of each worker; default: theirs", default=None)
+    max_model_len: int | None = option("most tokens of a request; default: the model's", default=None)
+    transports: str | None = option("transports that KV may take, best first; default: all", default=None)
+    log_level: str = option("least severe level logged", default="info", choices=("debug", "info", "warning", "error"))
+    drain_s: float = option("seconds given to running requests when the cluster stops", default=10.0)
+    run_dir: str | None = option("directory for logs; default: a new one among the temporary files", default=None)
+
+    def __post_init__(self) -> None:
+        if self.prefill < 0 or self.decode < 1:
+            raise ConfigError(
+                "a cluster needs at least one decode worker (--decode) and no fewer than 0 prefill workers"
+            )
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"--num-threads is {self.num_threads}: must be at least 1")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}: must lie in [0, 65535]")
+        if self.drain_s < 0:
+            raise ConfigError(f"--drain-s is {self.drain_s}: must not be negative")
+
+    @property
+    def threads_per_worker(self) -> int:
+        return self.num_threads or max(1, num_cores() // (self.prefill + self.decode))
+
+    def check_model(self) -> None:
+        """Raises ConfigError where the model can be neither a path nor a Hub id."""
+        path = Path(self.model).expanduser()
+        if path.exists() or (_HUB_ID.fullmatch(self.model) and path.suffix != ".gguf"):
+            return
+        raise ConfigError(
+            f"{self.model}: no such file or directory: name a Hugging Face model directory, a .gguf file or a Hub id "
+            "such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+
+    def free_port(self) -> int:
+        """The port for the router, found free now. Raises ConfigError where it is taken."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As gRPC binds: a port whose last connections linger is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen on {self.host}:{self.port} ({error.strerror}): "
+                    f"choose another port, such as --port {self.port + 1}, or --port 0 for a free one"
+                ) from error
+            return int(probe.getsockname()[1])
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
