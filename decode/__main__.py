@@ -15,8 +15,12 @@ def main() -> None:
     )
     service = config.worker.service
     configure_logging(service.log_level, "decode")
-    directory = RedisDirectory(service.redis_url, service.cluster)
-    run(DecodeService(config, LocalEngine(config.worker.engine), directory), drain_s=service.drain_s)
+    run(
+        lambda: DecodeService(
+            config, LocalEngine(config.worker.engine), RedisDirectory(service.redis_url, service.cluster)
+        ),
+        drain_s=service.drain_s,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The life of a gRPC server: bind, health, reflection, one translator of errors, drain, stop.
 
-run(service) -> start -> (serving) -> SIGTERM or SIGINT -> drain -> close
+run(make_service) -> start -> (serving) -> SIGTERM or SIGINT -> drain -> close
                                                            second signal: close at once
 """
 
@@ -51,15 +51,19 @@ class Service(Protocol):
         ...
 
 
-def run(service: Service, *, drain_s: float) -> None:
-    """Runs a service until a signal ends it. Exit code 0 after a drain, 2 where `start` raised ConfigError."""
+def run(make_service: Callable[[], Service], *, drain_s: float) -> None:
+    """Runs a service until a signal ends it. Exit code 0 after a drain, 2 where ConfigError was raised.
+
+    The service is made inside the event loop: what gRPC makes binds to the loop that runs.
+    """
     try:
-        uvloop.run(_run(service, drain_s))
+        uvloop.run(_run(make_service, drain_s))
     except ConfigError as error:
         fail(error.message)
 
 
-async def _run(service: Service, drain_s: float) -> None:
+async def _run(make_service: Callable[[], Service], drain_s: float) -> None:
+    service = make_service()
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):

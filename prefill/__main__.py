@@ -13,8 +13,12 @@ def main() -> None:
     config = parse(PrefillConfig, prog="python -m prefill", description="Computes prompts for decode workers.")
     service = config.worker.service
     configure_logging(service.log_level, "prefill")
-    directory = RedisDirectory(service.redis_url, service.cluster)
-    run(PrefillService(config, LocalEngine(config.worker.engine), directory), drain_s=service.drain_s)
+    run(
+        lambda: PrefillService(
+            config, LocalEngine(config.worker.engine), RedisDirectory(service.redis_url, service.cluster)
+        ),
+        drain_s=service.drain_s,
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ def main() -> None:
     config = parse(RouterConfig, prog="python -m router", description="Takes requests and gives them to workers.")
     service = config.service
     configure_logging(service.log_level, "router")
-    directory = RedisDirectory(service.redis_url, service.cluster)
-    run(RouterService(config, directory), drain_s=service.drain_s)
+    run(
+        lambda: RouterService(config, RedisDirectory(service.redis_url, service.cluster)),
+        drain_s=service.drain_s,
+    )
 
 
 if __name__ == "__main__":
