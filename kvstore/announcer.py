@@ -66,8 +66,7 @@ class Announcer:
         if task is None:
             return
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.gather(task, return_exceptions=True)
         try:
             await self._directory.remove(WorkerRef.of(self._describe()))
         except DirectoryUnavailableError as error:
