@@ -40,7 +40,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: _EMPTY)
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _EMPTY, hash=False)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
