@@ -32,6 +32,7 @@ class EngineThread:
 
     Args:
         build: Makes the core, on this thread: loading takes long, and torch's settings are per thread.
+        on_start: Called on this thread once the core is there.
         deliver: Called on this thread with news.
         on_end: Called on this thread, last of all, with what ended it: None if it was told to stop.
     """
@@ -39,16 +40,18 @@ class EngineThread:
     def __init__(
         self,
         build: Callable[[], EngineCore],
+        on_start: Callable[[], None],
         deliver: Callable[[Delivery], None],
         on_end: Callable[[Exception | None], None],
     ) -> None:
         self._build = build
+        self._on_start = on_start
         self._deliver = deliver
         self._on_end = on_end
         self._wakeup = threading.Condition()
         self._inbox: list[Command] = []
         self._stopping = False
-        # Values, replaced after each step: reading them needs no lock.
+        # Values, replaced before and after each step: reading them needs no lock.
         self.load = Load()
         self.status = EngineStatus(0, 0, 0, 0, 0, 0)
         # A daemon: a process that forgot to close its engine ends all the same.
@@ -95,16 +98,17 @@ class EngineThread:
 
     def _serve(self, core: EngineCore) -> None:
         self._publish(core)
+        self._on_start()
         idle = True
         while (commands := self._take_commands(wait=idle)) is not None:
             for command in commands:
                 command(core.scheduler)
             plan = core.scheduler.schedule()
+            # First what can be seen at any time, so that whoever hears of something sees what it changed.
+            self._publish(core)
             if plan.outputs or plan.granted:
-                self._publish(core)
                 self._deliver(Delivery(plan.outputs, plan.granted, BlockEvents()))
             outputs = core.execute(plan)
-            # First what can be seen at any time, so that whoever hears of a step's end sees what it left.
             self._publish(core)
             events = core.scheduler.drain_block_events()
             if outputs or events.stored or events.removed:

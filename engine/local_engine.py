@@ -51,7 +51,8 @@ class LocalEngine:
         self._config = config
         self._load_model = load
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = EngineThread(self._build, self._on_delivery, self._on_thread_end)
+        self._started: asyncio.Future[None] | None = None
+        self._thread = EngineThread(self._build, self._on_thread_start, self._on_delivery, self._on_thread_end)
         self._assembly: Assembly | None = None
         self._ended_by: MeshError | None = None
         self._on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -212,8 +213,11 @@ class LocalEngine:
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)
         self._assembly = assemble(self._config, self._load_model, self._report_progress)
-        self._tell(_resolve, self._started)
         return self._assembly.core
+
+    def _on_thread_start(self) -> None:
+        assert self._started is not None
+        self._tell(_resolve, self._started)
 
     def _report_progress(self, done: int, total: int) -> None:
         if self._thread.stopping:
