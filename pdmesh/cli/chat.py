@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.text import Text
 
 from pdmesh.cli.answers import receive, sampling_options
 from pdmesh.cli.connection import ConnectionConfig, SamplingConfig
+from pdmesh.cli.terminal import make_console
 from pdmesh.client import Client
 from pdmesh.client_calls import Message
 from pdmesh.config import option, parse
@@ -31,7 +33,7 @@ class ChatConfig:
 
 def main(argv: Sequence[str]) -> int:
     config = parse(ChatConfig, argv, prog="pdmesh chat", description=f"Talks to the model. {_HELP}")
-    console = Console(highlight=False)
+    console = make_console()
     with Client(config.connection.address) as client:
         names = ", ".join(model.name for model in client.models()) or "no model is served yet"
         console.print(f"[bold]{names}[/bold]  [dim]{_HELP}[/dim]")
@@ -87,7 +89,7 @@ class _Conversation:
         except KeyboardInterrupt:
             self._console.print("\n[dim]stopped[/dim]")
         except MeshError as error:
-            self._console.print(f"\n[red]{error.message}[/red]", markup=True)
+            self._console.print(Text(f"\n{error.message}", "red"))
         finally:
             events.close()
         if pieces:

@@ -15,7 +15,7 @@ from rich.console import Console
 from pdmesh.cli.answers import Answer, mib, receive
 from pdmesh.cli.model_download import is_cached, smollm2
 from pdmesh.cli.terminal import make_console
-from pdmesh.cli.up import Signals, StoppedError, running
+from pdmesh.cli.up import Signals, StoppedError, running, warnings_on
 from pdmesh.client import Client
 from pdmesh.config import option, parse
 from pdmesh.local.cluster import LocalCluster
@@ -58,9 +58,8 @@ async def _demo(config: DemoConfig, console: Console) -> int:
     model = config.model or str(smollm2())
     signals = Signals()
     started_at = time.monotonic()
-    cluster = LocalCluster(
-        LocalConfig(model=model, port=0), lambda line: console.print(f"[yellow]{line}[/yellow]", soft_wrap=True)
-    )
+    # Short prompts, too, go to the prefill worker: there is more to see.
+    cluster = LocalCluster(LocalConfig(model=model, port=0, short_prefill_tokens=16), warnings_on(console))
     console.print(f"[bold]A cluster[/bold] of one prefill and one decode worker, at {cluster.address}")
     try:
         async with running(cluster, signals, console) as workers:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from rich.console import Console, Group
@@ -42,15 +42,22 @@ def main(argv: Sequence[str]) -> int:
 async def _up(config: LocalConfig, console: Console) -> int:
     started_at = time.monotonic()
     signals = Signals()
-    cluster = LocalCluster(config, lambda line: console.print(f"[yellow]{line}[/yellow]", soft_wrap=True))
+    cluster = LocalCluster(config, warnings_on(console))
+    served = False
     try:
         async with running(cluster, signals, console) as workers:
+            served = True
             console.print(_screen(cluster, workers, time.monotonic() - started_at))
             await signals.interrupt(cluster.watch())
             console.print("All workers were drained: nothing is left to run.")
     except StoppedError:
-        return 130
+        # Once it served, being stopped is how it ends.
+        return 0 if served else 130
     return 0
+
+
+def warnings_on(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(Text(line, "yellow"), soft_wrap=True)
 
 
 class Signals:
@@ -84,7 +91,7 @@ async def running(cluster: LocalCluster, signals: Signals, console: Console) -> 
             workers = await signals.interrupt(cluster.start(show))
         yield workers
     except StoppedError:
-        console.print("\n[dim]Stopping: running requests may finish. Again Ctrl-C stops at once.[/dim]")
+        console.print("\n[dim]Stopping: running requests may finish. Ctrl-C again stops at once.[/dim]")
         raise
     finally:
         with contextlib.suppress(StoppedError):
@@ -93,7 +100,9 @@ async def running(cluster: LocalCluster, signals: Signals, console: Console) -> 
 
 def _screen(cluster: LocalCluster, workers: list[WorkerProcess], seconds: float) -> Group:
     head = Text.assemble(("pdmesh ", "bold"), __version__, (f"  ready in {seconds:.1f} s", "green"))
-    return Group(Text(), head, Text(), Padding(_processes(cluster, workers), (0, 0, 1, 2)), _hints(cluster), Text())
+    return Group(
+        Text(), head, Text(), Padding(_processes(cluster, workers), (0, 0, 1, 2), expand=False), _hints(cluster), Text()
+    )
 
 
 def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
@@ -112,10 +121,10 @@ def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
             f"{info.load.num_blocks} × {info.facts.block_size} tokens" if info.facts else "",
             threads,
         )
-    ours = {worker.worker_id for worker in workers}
+    addresses = {"router": cluster.address, "valkey": cluster.redis_url}
     for child in cluster.children:
-        if child.name not in ours:
-            table.add_row(child.name, child.name, str(child.pid), cluster.address if child.name == "router" else "")
+        if child.name in addresses:
+            table.add_row(child.name, child.name, str(child.pid), addresses[child.name])
     return table
 
 

@@ -67,9 +67,12 @@ class ChildProcess:
         self.started_at = time.monotonic()
 
     async def wait(self) -> int:
-        """The exit code; minus the signal's number where one ended it."""
+        """The exit code; minus the signal's number where one ended it. What it started itself does not outlive it."""
         assert self._process is not None, f"{self.name} was not started"
-        return await self._process.wait()
+        exit_code = await self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return exit_code
 
     async def stop(self, grace_s: float) -> None:
         """Asks it to end, then makes it; returns when it has. Idempotent."""
@@ -77,22 +80,18 @@ class ChildProcess:
             return
         self._signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self._process.wait(), grace_s)
+            await asyncio.wait_for(self.wait(), grace_s)
         except TimeoutError:
             self.kill()
-            await self._process.wait()
+            await self.wait()
 
     def kill(self) -> None:
-        """Ends it, and all processes of its session, at once."""
+        """Ends it at once."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is None or self._process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            if number is signal.SIGKILL:
-                os.killpg(self._process.pid, number)
-            else:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
     def last_words(self, num_lines: int = 15) -> list[str]:

@@ -64,6 +64,7 @@ class LocalCluster:
         self.run_dir = _make_run_dir(config.run_dir)
         self._report = report
         commands = cluster_commands(config, port, self.run_dir)
+        self.redis_url = commands.redis_url
         self._valkey = ChildProcess(commands.valkey, self.run_dir) if commands.valkey else None
         self._router = ChildProcess(commands.router, self.run_dir)
         self._workers = {name: ChildProcess(spec, self.run_dir) for name, spec in commands.workers.items()}
@@ -109,13 +110,12 @@ class LocalCluster:
 
     async def watch(self) -> None:
         """Starts again what ends, until cancelled; returns if all workers were drained."""
-        router = asyncio.create_task(self._keep(self._router))
-        others = [asyncio.create_task(self._keep(self._valkey))] if self._valkey else []
         workers = [asyncio.create_task(self._keep(child)) for child in self._workers.values()]
+        others = [asyncio.create_task(self._keep(child)) for child in self.children if child.name not in self._workers]
         try:
             await asyncio.gather(*workers)
         finally:
-            await _cancel(router, *others, *workers)
+            await _cancel(*others, *workers)
 
     async def _keep(self, child: ChildProcess) -> None:
         delay_s = _FIRST_RESTART_S

@@ -19,12 +19,12 @@ _MAX_SOCKET_PATH_BYTES = 100
 
 @dataclass(frozen=True, slots=True)
 class ClusterCommands:
-    """What to run. `valkey` is None where the operator named a Redis."""
+    """What to run: `workers` by worker id; `valkey` is None where the operator named a Redis."""
 
+    redis_url: str
     valkey: ChildSpec | None
     router: ChildSpec
     workers: dict[str, ChildSpec]
-    """By worker id."""
 
 
 def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> ClusterCommands:
@@ -39,13 +39,13 @@ def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> Cl
         *("--redis-url", redis_url, "--cluster", config.cluster),
         *("--log-level", config.log_level, "--drain-s", str(config.drain_s)),
     )
-    router = ("router", config.model, "--host", config.host, "--port", str(router_port), *common)
+    router = ("router", config.model, "--host", config.host, "--port", str(router_port), *common, *_hand_off(config))
     workers = {
         worker_id: _service(worker_id, (*_worker_arguments(config, role, worker_id), *common))
         for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
         for worker_id in (f"{role.value}-{number}{suffix}" for number in range(count))
     }
-    return ClusterCommands(valkey, _service("router", router), workers)
+    return ClusterCommands(redis_url, valkey, _service("router", router), workers)
 
 
 def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[str, ...]:
@@ -55,9 +55,19 @@ def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[
         arguments += ["--kv-cache-bytes", str(config.kv_cache_bytes)]
     if config.max_model_len is not None:
         arguments += ["--max-model-len", str(config.max_model_len)]
-    if config.transports is not None and role is Role.DECODE:
-        arguments += ["--transports", config.transports]
+    if role is Role.DECODE:
+        arguments += [*_transports(config), *_hand_off(config)]
     return tuple(arguments)
+
+
+def _transports(config: LocalConfig) -> tuple[str, ...]:
+    return ("--transports", config.transports) if config.transports is not None else ()
+
+
+def _hand_off(config: LocalConfig) -> tuple[str, ...]:
+    """What router and decode workers must agree on: which prompts go to a prefill worker."""
+    limit = config.short_prefill_tokens
+    return ("--short-prefill-tokens", str(limit)) if limit is not None else ()
 
 
 def _service(name: str, arguments: Sequence[str]) -> ChildSpec:

@@ -33,6 +33,9 @@ class LocalConfig:
     kv_cache_bytes: int | None = option("bytes of KV cache of each worker; default: theirs", default=None)
     max_model_len: int | None = option("most tokens of a request; default: the model's", default=None)
     transports: str | None = option("transports that KV may take, best first; default: all", default=None)
+    short_prefill_tokens: int | None = option(
+        "prompts with at most so many tokens to compute stay on the decode worker; default: theirs", default=None
+    )
     log_level: str = option("least severe level logged", default="info", choices=("debug", "info", "warning", "error"))
     drain_s: float = option("seconds given to running requests when the cluster stops", default=10.0)
     run_dir: str | None = option("directory for logs; default: a new one among the temporary files", default=None)
