@@ -18,7 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from decode.handoff import FirstToken, Handoff, PrefillTarget, Report
-from engine.api import Engine, EngineRequest, ImportedPrompt, TokenOutput
+from engine.api import Engine, EngineRequest, ImportedPrompt, OutputStream, TokenOutput
 from engine.request import check_stop
 from pdmesh.errors import DeadlineError, InvalidRequestError, MeshError
 from pdmesh.sampling import SamplingParams
@@ -97,43 +97,41 @@ class DecodeWorker:
         Raises what the first completion to fail failed with; the others are cancelled.
         """
         leader, *others = request.delivered
-        started = asyncio.Event()
-
-        def emit_leading(output: CompletionOutput) -> None:
-            started.set()
-            emit(output)
-
+        prompt_is_here = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._lead(request, leader, emit_leading))
+                group.create_task(self._lead(request, leader, emit, prompt_is_here))
                 if others:
-                    await started.wait()
+                    await prompt_is_here.wait()
                     for index in others:
-                        group.create_task(self._generate(request.completion(index), index, Report(), emit))
+                        outputs = self._engine.generate(request.completion(index))
+                        group.create_task(self._forward(outputs, index, Report(), emit))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from failed
 
-    async def _lead(self, request: DecodeRequest, index: int, emit: Emit) -> None:
+    async def _lead(self, request: DecodeRequest, index: int, emit: Emit, prompt_is_here: asyncio.Event) -> None:
         completion = request.completion(index)
         report = Report()
         first = _FirstTokenOnce(completion, index, self._engine.model.max_model_len, report, emit)
         imported = await self._fetch(request, completion, first, report) if request.targets else None
         if first.finished:
-            return
-        if imported is not None:
-            await self._generate(completion, index, report, emit, imported)
+            prompt_is_here.set()
+        elif imported is not None:
+            outputs = self._engine.generate(completion, imported)
+            # The engine takes requests in order: whoever comes after finds the imported blocks committed.
+            prompt_is_here.set()
+            await self._forward(outputs, index, report, emit)
         else:
-            await self._generate(first.resumed(), index, Report(retries=report.retries), emit)
 
-    async def _generate(
-        self,
-        completion: EngineRequest,
-        index: int,
-        report: Report,
-        emit: Emit,
-        imported: ImportedPrompt | None = None,
-    ) -> None:
-        async with aclosing(self._engine.generate(completion, imported)) as outputs:
+            def emit_local(output: CompletionOutput) -> None:
+                prompt_is_here.set()
+                emit(output)
+
+            outputs = self._engine.generate(first.resumed())
+            await self._forward(outputs, index, Report(retries=report.retries), emit_local)
+
+    async def _forward(self, outputs: OutputStream, index: int, report: Report, emit: Emit) -> None:
+        async with aclosing(outputs):
             async for output in outputs:
                 emit(CompletionOutput(index, output, report if output.finish_reason else None))
 
