@@ -19,6 +19,7 @@ No step waits for a worker to become free: who has no room says so, and when nob
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import grpc
 
@@ -38,7 +39,7 @@ from pdmesh.types import Role
 from pdmesh.v1 import decode_pb2, decode_pb2_grpc, inference_pb2
 from router.admission import AdmittedRequest
 from router.completion import Completion
-from router.policy import Choice, Weights, rank
+from router.policy import Weights, rank
 from router.registry import Assignment, WorkerRegistry
 from router.text.detokenizer import TokenBytes
 from router.text.stop_strings import StopStrings
@@ -87,16 +88,17 @@ class Dispatcher:
         """
         run = _Run(request, self._token_bytes)
         refused: dict[str, MeshError] = {}
-        choice = self._choose(request, refused)
-        yield _started(request)
         while True:
-            assignment = self._registry.assign(choice, len(request.prompt_token_ids) + run.num_delivered)
+            assignment = self._assign(request, run.num_delivered, refused)
             num_before = run.num_delivered
             call = None
             try:
+                if not run.attempt:
+                    yield _started(request)
                 call = self._open(run, assignment, time_remaining())
-                async for response in run.forward(call, assignment):
-                    yield response
+                async with aclosing(run.forward(call, assignment)) as responses:
+                    async for response in responses:
+                        yield response
                 return
             except (grpc.aio.AioRpcError, UnavailableError) as error:
                 failure = _failure(error, assignment)
@@ -122,12 +124,15 @@ class Dispatcher:
                         reason="TOO_MANY_RESUMES",
                         stage="decode",
                     ) from failure
-            choice = self._choose(request, refused)
 
-    def _choose(self, request: AdmittedRequest, refused: dict[str, MeshError]) -> Choice:
-        """The best worker that has not refused. Raises OverloadedError or UnavailableError where none is left."""
+    def _assign(self, request: AdmittedRequest, num_delivered: int, refused: dict[str, MeshError]) -> Assignment:
+        """Picks the best worker that has not refused, and counts the request up there.
+
+        Raises OverloadedError or UnavailableError where none is left.
+        """
+        num_tokens = len(request.prompt_token_ids) + num_delivered
         ranked = rank(
-            len(request.prompt_token_ids),
+            num_tokens,
             self._registry.candidates(Role.DECODE, request.hashes),
             self._registry.candidates(Role.PREFILL, request.hashes),
             self._weights,
@@ -135,7 +140,7 @@ class Dispatcher:
         )
         for choice in ranked:
             if choice.decode_id not in refused:
-                return choice
+                return self._registry.assign(choice, num_tokens)
         if not refused:
             raise UnavailableError(
                 "no decode worker takes requests now; try again when one is ready",

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvstore.directory import TTL_S
-from pdmesh.errors import UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
 from router.index import PrefixIndex
@@ -180,12 +179,11 @@ class WorkerRegistry:
     def assign(self, choice: Choice, num_tokens: int) -> "Assignment":
         """Counts a prompt of `num_tokens` up where `choice` sends it; the caller closes what this returns.
 
-        Raises UnavailableError if the decode worker left since the choice was made.
+        `choice` was made of candidates that this registry gave, with no await since.
         """
-        decode = self._workers.get(choice.decode_id)
-        if decode is None or decode.info.facts is None:
-            raise UnavailableError(f"{choice.decode_id} has left", stage="routing")
-        prefill = [self._workers[i] for i in choice.prefill_ids if i in self._workers]
+        decode = self._workers[choice.decode_id]
+        prefill = [self._workers[worker_id] for worker_id in choice.prefill_ids]
+        assert decode.info.facts is not None, "a candidate that says nothing of itself"
         blocks = -(-num_tokens // decode.info.facts.block_size)
         self._turns += 1
         return Assignment(

@@ -1,15 +1,16 @@
 """Decode workers that compute by hand: real gRPC servers, announced like real workers, that fail on request.
 
-    token i of completion c = script(prompt, c)[i], then the end-of-text token
+token i of completion c = script(prompt, c)[i], then the end-of-text token
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from kvstore.announcer import Announcer
 from kvstore.directory import Directory
-from pdmesh.errors import MeshError, PreconditionError
+from pdmesh.errors import MeshError, PreconditionError, UnavailableError
 from pdmesh.server import GrpcServer
 from pdmesh.types import Load, ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, decode_pb2, decode_pb2_grpc
@@ -29,15 +30,35 @@ def letters(prompt: Sequence[int], completion: int) -> list[int]:
 
 
 @dataclass(eq=False)
+class Fault:
+    """What goes wrong in the middle of a request. Workers that share one suffer it `times` times in all.
+
+    Attributes:
+        after: Tokens that the request was sent before.
+        how: "status": it ends with `error`; "server": the whole server goes away; "silence": nothing more comes;
+            "end": as "status", in place of the word that a completion has ended.
+    """
+
+    after: int = 0
+    how: Literal["status", "server", "silence", "end"] = "status"
+    error: MeshError = field(default_factory=lambda: UnavailableError("rank died", stage="decode"))
+    times: int = 1
+
+    def due(self, num_sent: int, *, at_end: bool = False) -> bool:
+        if not self.times or (self.how == "end") is not at_end or (num_sent != self.after and not at_end):
+            return False
+        self.times -= 1
+        return True
+
+
+@dataclass(eq=False)
 class FakeDecode:
     """Use as `async with FakeDecode(directory, "decode-0") as worker:`.
 
     Attributes:
         script: What it generates.
         refuse_with: Raised for each request before any token.
-        fail_after: With this many tokens sent, a request ends with `fail_with`.
-        hang_after: With this many tokens sent, a request stays silent for ever.
-        stop_after: With this many tokens sent, the whole server goes away.
+        gate: Where set, waited for before the first token.
         first_index: Skew of the absolute indices that it sends.
         requests: All that came.
         cancelled: Set when a request was cancelled under it.
@@ -47,10 +68,8 @@ class FakeDecode:
     worker_id: str
     script: Script = letters
     refuse_with: MeshError | None = None
-    fail_after: int | None = None
-    fail_with: MeshError | None = None
-    hang_after: int | None = None
-    stop_after: int | None = None
+    fault: Fault | None = None
+    gate: asyncio.Event | None = None
     first_index: int = 0
     tokens_per_message: int = 1
     model: ModelInfo = MODEL
@@ -93,9 +112,6 @@ class FakeDecode:
         self.state = state
         self._announcer.kick()
 
-    def stop_server(self) -> None:
-        self._stopping = asyncio.create_task(self._server.stop())
-
     async def outputs(
         self, request: decode_pb2.DecodeGenerateRequest
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
@@ -110,6 +126,8 @@ class FakeDecode:
                 assert list(point.output_token_ids) == tokens[: len(point.output_token_ids)]
                 running.append(_Output(index, tokens, len(point.output_token_ids)))
         num_sent = 0
+        if self.gate is not None:
+            await self.gate.wait()
         while running:
             for output in list(running):
                 await self._misbehave(num_sent)
@@ -119,16 +137,18 @@ class FakeDecode:
                 yield message
                 if output.reason is not None:
                     running.remove(output)
+                    if self.fault is not None and self.fault.due(num_sent, at_end=True):
+                        raise self.fault.error
                     yield decode_pb2.DecodeGenerateResponse(finished=output.finished())
 
     async def _misbehave(self, num_sent: int) -> None:
-        if num_sent == self.fail_after and self.fail_with is not None:
-            raise self.fail_with
-        if num_sent == self.stop_after:
-            self.stop_server()
-            await asyncio.Event().wait()
-        if num_sent == self.hang_after:
-            await asyncio.Event().wait()
+        if self.fault is None or not self.fault.due(num_sent):
+            return
+        if self.fault.how == "status":
+            raise self.fault.error
+        if self.fault.how == "server":
+            self._stopping = asyncio.create_task(self._server.stop())
+        await asyncio.Event().wait()
 
 
 @dataclass(eq=False)
@@ -139,7 +159,8 @@ class _Output:
     reason: common_pb2.FinishReason.ValueType | None = None
 
     def next(self, params: common_pb2.SamplingParams, count: int) -> decode_pb2.DecodeGenerateResponse:
-        first, new = self.place, []
+        first = self.place
+        new: list[int] = []
         while len(new) < count and self.reason is None:
             token_id = self.tokens[self.place]
             self.place += 1

@@ -1,10 +1,11 @@
 """A real router over real sockets, with decode workers that compute by hand and fail on request."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -22,11 +23,11 @@ from pdmesh.errors import (
     PreconditionError,
     UnavailableError,
 )
-from pdmesh.types import Role, WorkerState
+from pdmesh.types import Role, WorkerInfo, WorkerState
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from router.config import RouterConfig
 from router.service import RouterService
-from tests.integration.fake_decode import FACTS, FakeDecode, letters
+from tests.integration.fake_decode import FACTS, FakeDecode, Fault, letters
 from tests.tiny_text import END_ID, VOCAB_SIZE, make_text_model, tiny_tokenizer
 
 PROMPT = [72, 101, 108, 108, 111]
@@ -47,6 +48,16 @@ class Bed:
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
             while not condition():
+                await asyncio.sleep(0.01)
+
+    async def until_known(self, num_workers: int) -> None:
+        async with asyncio.timeout(5):
+            while len(await self.workers()) < num_workers:
+                await asyncio.sleep(0.01)
+
+    async def until_state(self, worker_id: str, state: WorkerState) -> None:
+        async with asyncio.timeout(5):
+            while WorkerInfo.from_pb((await self.workers())[worker_id].info).state is not state:
                 await asyncio.sleep(0.01)
 
     async def workers(self) -> dict[str, cluster_pb2.WorkerView]:
@@ -114,7 +125,7 @@ def request(
 
 
 def spelled(text: str) -> list[int]:
-    return [token_id for token_id in TOKENIZER.encode(text, add_special_tokens=False).ids]
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
 @pytest.fixture
@@ -196,7 +207,7 @@ async def test_a_worker_that_refuses_is_followed_by_the_next(model: Path, refusa
     directory = MemoryDirectory()
     workers = [FakeDecode(directory, f"decode-{i}", refuse_with=refusal) for i in range(3)]
     async with routing(model, *workers) as bed:
-        await bed.until(lambda: len(bed.service._registry.records()) == 3)
+        await bed.until_known(3)
         workers[1].refuse_with = None
         for _ in range(3):
             answer = await bed.generate(max_tokens=8)
@@ -210,7 +221,7 @@ async def test_full_everywhere_is_told_at_once_each_worker_asked_once(model: Pat
     directory = MemoryDirectory()
     workers = [FakeDecode(directory, f"decode-{i}", refuse_with=OverloadedError("full")) for i in range(3)]
     async with routing(model, *workers) as bed:
-        await bed.until(lambda: len(bed.service._registry.records()) == 3)
+        await bed.until_known(3)
         with pytest.raises(OverloadedError) as caught:
             await bed.generate()
         assert caught.value.reason == "ALL_WORKERS_FULL"
@@ -218,7 +229,7 @@ async def test_full_everywhere_is_told_at_once_each_worker_asked_once(model: Pat
 
 
 async def test_a_full_router_refuses_before_it_looks_at_the_request(model: Path) -> None:
-    worker = FakeDecode(MemoryDirectory(), "decode-0", hang_after=1)
+    worker = FakeDecode(MemoryDirectory(), "decode-0", fault=Fault(after=1, how="silence"))
     async with routing(model, worker, max_active_requests=1) as bed:
         first = bed.inference.Generate(request())
         await worker.started.wait()
@@ -229,71 +240,47 @@ async def test_a_full_router_refuses_before_it_looks_at_the_request(model: Path)
 
 
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("how", ["status", "server gone"])
-async def test_resume_loses_and_repeats_nothing(model: Path, n: int, how: str) -> None:
+@pytest.mark.parametrize("how", ["status", "server"])
+async def test_resume_loses_and_repeats_nothing(model: Path, n: int, how: Literal["status", "server"]) -> None:
     directory = MemoryDirectory()
-    failing = 7 * n + 1 if n > 1 else 7
-    if how == "status":
-        fault: dict[str, Any] = {"fail_after": failing, "fail_with": UnavailableError("rank died", stage="decode")}
-    else:
-        fault = {"stop_after": failing}
-    workers = [FakeDecode(directory, f"decode-{i}", **fault) for i in range(2)]
+    fault = Fault(after=7 * n, how=how)
+    workers = [FakeDecode(directory, f"decode-{i}", fault=fault) for i in range(2)]
     async with routing(model, *workers) as bed:
-        await bed.until(lambda: len(bed.service._registry.records()) == 2)
-        call = bed.inference.Generate(request(n=n, max_tokens=30), timeout=10)
-        answer = Answer()
-        reading = asyncio.create_task(answer.read(call))
-        await bed.until(lambda: sum(len(worker.requests) for worker in workers) == 1)
-        survivor = next(worker for worker in workers if not worker.requests)
-        survivor.fail_after = survivor.stop_after = None
-        await reading
-        dead = workers[1 - workers.index(survivor)]
+        await bed.until_known(2)
+        answer = await bed.generate(n=n, max_tokens=30)
+    assert fault.times == 0, "the fault did not happen"
     assert answer.tokens == {index: letters(PROMPT, index)[:30] for index in range(n)}
     assert answer.texts == {index: TOKENIZER.decode(letters(PROMPT, index)[:30]) for index in range(n)}
     assert {complete.report.decode_resumes for complete in answer.completes.values()} == {1}
-    assert len(dead.requests) == len(survivor.requests) == 1, "the fault did not happen"
-    resumed = survivor.requests[0]
-    assert resumed.attempt == 2
-    assert resumed.sampling_params == dead.requests[0].sampling_params
-    assert sum(len(point.output_token_ids) for point in resumed.resume) == failing
+    first, second = sorted((worker.requests[0] for worker in workers), key=lambda sent: sent.attempt)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert second.sampling_params == first.sampling_params
+    assert [len(point.output_token_ids) for point in second.resume] == [7] * n
 
 
 async def test_resume_leaves_ended_completions_alone(model: Path) -> None:
-    directory = MemoryDirectory()
-
-    def uneven(prompt: Any, completion: int) -> list[int]:
+    def uneven(prompt: Sequence[int], completion: int) -> list[int]:
         return letters(prompt, completion)[: 2 if completion == 0 else 20]
 
-    workers = [
-        FakeDecode(directory, f"decode-{i}", uneven, fail_after=9, fail_with=UnavailableError("gone")) for i in range(2)
-    ]
+    directory, fault = MemoryDirectory(), Fault(after=9)
+    workers = [FakeDecode(directory, f"decode-{i}", uneven, fault=fault) for i in range(2)]
     async with routing(model, *workers) as bed:
-        await bed.until(lambda: len(bed.service._registry.records()) == 2)
-        call = bed.inference.Generate(request(n=2), timeout=10)
-        answer = Answer()
-        reading = asyncio.create_task(answer.read(call))
-        await bed.until(lambda: any(worker.requests for worker in workers))
-        survivor = next(worker for worker in workers if not worker.requests)
-        survivor.fail_after = None
-        await reading
+        await bed.until_known(2)
+        answer = await bed.generate(n=2)
     assert answer.tokens == {index: [*uneven(PROMPT, index), END_ID] for index in range(2)}
-    assert [point.finished for point in survivor.requests[0].resume] == [True, False]
+    resumed = max((worker.requests[0] for worker in workers), key=lambda sent: sent.attempt)
+    assert [point.finished for point in resumed.resume] == [True, False]
 
 
 async def test_an_end_that_was_lost_with_its_worker_is_told_without_another(model: Path) -> None:
     """The last token came and the word of the end did not: nothing is left to generate."""
-    lost = FakeDecode(MemoryDirectory(), "decode-0")
-
-    async def all_tokens_then_gone(message: Any) -> AsyncIterator[Any]:
-        async for response in FakeDecode.outputs(lost, message):
-            if response.HasField("finished"):
-                raise UnavailableError("gone")
-            yield response
-
-    lost.outputs = all_tokens_then_gone  # type: ignore[method-assign]
-    async with routing(model, lost) as bed:
+    fault = Fault(how="end", times=2)
+    worker = FakeDecode(MemoryDirectory(), "decode-0", fault=fault)
+    async with routing(model, worker) as bed:
         by_length = await bed.generate(max_tokens=5)
         by_token = await bed.generate()
+    assert fault.times == 0, "the fault did not happen"
+    assert len(worker.requests) == 2
     assert by_length.completes[0].finish_reason == common_pb2.FINISH_REASON_LENGTH
     assert by_token.completes[0].finish_reason == common_pb2.FINISH_REASON_STOP
     assert by_token.completes[0].matched_token_id == END_ID
@@ -309,9 +296,8 @@ async def test_tokens_that_skip_an_index_are_not_believed(model: Path) -> None:
 
 
 async def test_workers_that_die_one_after_the_other_end_the_request(model: Path) -> None:
-    worker = FakeDecode(
-        MemoryDirectory(), "decode-0", fail_after=1, fail_with=UnavailableError("poisoned", reason="RANK_DIED")
-    )
+    fault = Fault(after=1, times=100)
+    worker = FakeDecode(MemoryDirectory(), "decode-0", fault=fault)
     async with routing(model, worker) as bed:
         with pytest.raises(UnavailableError) as caught:
             await bed.generate()
@@ -320,7 +306,7 @@ async def test_workers_that_die_one_after_the_other_end_the_request(model: Path)
 
 
 async def test_the_deadline_holds_under_a_silent_worker(model: Path) -> None:
-    worker = FakeDecode(MemoryDirectory(), "decode-0", hang_after=3)
+    worker = FakeDecode(MemoryDirectory(), "decode-0", fault=Fault(after=3, how="silence"))
     async with routing(model, worker) as bed:
         with pytest.raises(DeadlineError):
             await bed.generate(timeout=0.5)
@@ -328,9 +314,9 @@ async def test_the_deadline_holds_under_a_silent_worker(model: Path) -> None:
             await worker.cancelled.wait()
 
 
-@pytest.mark.parametrize("hang_after", [0, 3])
-async def test_a_client_that_leaves_is_noticed_by_the_worker(model: Path, hang_after: int) -> None:
-    worker = FakeDecode(MemoryDirectory(), "decode-0", hang_after=hang_after)
+@pytest.mark.parametrize("silent_after", [0, 3])
+async def test_a_client_that_leaves_is_noticed_by_the_worker(model: Path, silent_after: int) -> None:
+    worker = FakeDecode(MemoryDirectory(), "decode-0", fault=Fault(after=silent_after, how="silence"))
     async with routing(model, worker) as bed:
         call = bed.inference.Generate(request())
         await worker.started.wait()
@@ -340,7 +326,7 @@ async def test_a_client_that_leaves_is_noticed_by_the_worker(model: Path, hang_a
 
 
 async def test_a_client_that_leaves_in_the_middle_of_the_stream_is_noticed(model: Path) -> None:
-    def endless(prompt: Any, completion: int) -> list[int]:
+    def endless(prompt: Sequence[int], completion: int) -> list[int]:
         return [5] * 400
 
     worker = FakeDecode(MemoryDirectory(), "decode-0", endless)
@@ -357,7 +343,7 @@ async def test_a_client_that_leaves_in_the_middle_of_the_stream_is_noticed(model
 
 @pytest.mark.parametrize("per_message", [1, 3, 100])
 async def test_a_stop_string_across_tokens_ends_the_text_and_the_work(model: Path, per_message: int) -> None:
-    def speech(prompt: Any, completion: int) -> list[int]:
+    def speech(prompt: Sequence[int], completion: int) -> list[int]:
         return spelled("one two STxOP three STOP four")
 
     worker = FakeDecode(MemoryDirectory(), "decode-0", speech, tokens_per_message=per_message)
@@ -376,7 +362,7 @@ async def test_a_stop_string_across_tokens_ends_the_text_and_the_work(model: Pat
 
 
 async def test_a_stop_string_cancels_the_worker_when_the_last_completion_ends(model: Path) -> None:
-    def speech(prompt: Any, completion: int) -> list[int]:
+    def speech(prompt: Sequence[int], completion: int) -> list[int]:
         return spelled("a" * (completion + 1) + "." + "b" * 300)
 
     worker = FakeDecode(MemoryDirectory(), "decode-0", speech)
@@ -388,7 +374,7 @@ async def test_a_stop_string_cancels_the_worker_when_the_last_completion_ends(mo
 
 
 async def test_what_a_stop_string_holds_back_comes_at_the_end(model: Path) -> None:
-    def speech(prompt: Any, completion: int) -> list[int]:
+    def speech(prompt: Sequence[int], completion: int) -> list[int]:
         return spelled("almost STO")
 
     async with routing(model, FakeDecode(MemoryDirectory(), "decode-0", speech)) as bed:
@@ -441,15 +427,14 @@ async def test_health_follows_the_workers(model: Path) -> None:
         prefill = FakeDecode(directory, "prefill-0", state=WorkerState.LOADING, role=Role.PREFILL)
         async with decode, prefill:
             await decode.become(WorkerState.READY)
-            await bed.until(lambda: bed.service._registry.usable(Role.DECODE))
-            # Once the directory is read again, the health would have followed.
-            await asyncio.sleep(0.1)
+            await bed.until_known(2)
+            await bed.until_state("decode-0", WorkerState.READY)
             assert await health() == states.NOT_SERVING, "a prefill worker is on its way"
             await prefill.become(WorkerState.READY)
             await bed.until(lambda: bed.service.serving)
             assert await health() == states.SERVING
             await prefill.become(WorkerState.LOADING)
-            await bed.until(lambda: not bed.service._registry.usable(Role.PREFILL))
+            await bed.until_state("prefill-0", WorkerState.LOADING)
             assert await health() == states.SERVING, "decode workers compute prompts, too"
             await decode.become(WorkerState.DRAINING)
             await bed.until(lambda: not bed.service.serving)
@@ -458,15 +443,7 @@ async def test_health_follows_the_workers(model: Path) -> None:
 
 async def test_drain_lets_requests_end_and_takes_none(model: Path) -> None:
     gate = asyncio.Event()
-    worker = FakeDecode(MemoryDirectory(), "decode-0")
-    outputs = worker.outputs
-
-    async def gated(message: Any) -> AsyncIterator[Any]:
-        await gate.wait()
-        async for response in outputs(message):
-            yield response
-
-    worker.outputs = gated  # type: ignore[method-assign]
+    worker = FakeDecode(MemoryDirectory(), "decode-0", gate=gate)
     async with routing(model, worker) as bed:
         running = asyncio.create_task(bed.generate())
         await worker.started.wait()
@@ -485,11 +462,9 @@ async def test_a_long_prompt_names_prefill_workers_that_can_pair(model: Path) ->
     directory = MemoryDirectory()
     decode = FakeDecode(directory, "decode-0")
     prefills = [FakeDecode(directory, f"prefill-{i}", role=Role.PREFILL) for i in range(2)]
-    stranger = FakeDecode(
-        directory, "prefill-x", role=Role.PREFILL, facts=type(FACTS)("other", *FACTS_REST)
-    )
+    stranger = FakeDecode(directory, "prefill-x", role=Role.PREFILL, facts=replace(FACTS, model_digest="other"))
     async with routing(model, decode, *prefills, stranger) as bed:
-        await bed.until(lambda: len(bed.service._registry.records()) == 4)
+        await bed.until_known(4)
         await bed.generate(tokens=[7] * 100)
         await bed.generate(tokens=[7] * 10)
         views = await bed.workers()
@@ -498,9 +473,6 @@ async def test_a_long_prompt_names_prefill_workers_that_can_pair(model: Path) ->
     assert not decode.requests[1].prefill_targets, "short prompts are computed where they are decoded"
     assert "model_digest: other here, digest there" in views["prefill-x"].excluded_because
     assert views["prefill-0"].excluded_because == ""
-
-
-FACTS_REST = ("float32", "float32", 16, 2, 2, 8, "LKHTD")
 
 
 async def test_other_calls(model: Path) -> None:
@@ -524,7 +496,7 @@ async def test_other_calls(model: Path) -> None:
 
 async def test_reflection_lists_the_services(model: Path) -> None:
     async with starting(model, MemoryDirectory()) as bed:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(bed.channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(bed.channel)  # type: ignore[arg-type]  # stubs know sync only
 
         async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             yield reflection_pb2.ServerReflectionRequest(list_services="")
