@@ -22,7 +22,7 @@ def stream_key(seed: int, completion_index: int) -> int:
 
 
 def squares32(counters: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """32 random bits for each counter and key, all int64 of one shape; values in [0, 2^32).
+    """32 random bits for each counter, int64, in [0, 2^32); int64 `keys` are broadcast to `counters`.
 
     int64 products wrap as unsigned ones do, on every device; only the right shift must be made a logical one.
     """

@@ -23,10 +23,11 @@ from pdmesh.types import TokenLogprob
 # never chosen, so no noise need be drawn for it.
 _NEVER = 26.5
 
-# Logits of random choices worked on at once: bounds the memory and keeps it in the caches.
-_MAX_ELEMENTS = 1 << 20
+# Logits of random choices worked on at once: bounds the memory, and on a CPU keeps it in the caches.
+_MAX_ELEMENTS_CPU = 1 << 17
+_MAX_ELEMENTS_CUDA = 1 << 22
 
-# Likeliest tokens first looked at to find the end of top_p; where they do not reach it, all are sorted.
+# Likeliest tokens first looked at to find the end of top_p; where they do not reach it, more and more are.
 _TOP_P_GUESS = 512
 
 
@@ -58,7 +59,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], states: Sequence[S
             state.edits.apply(logits[row], request.token_ids, request.num_prompt_tokens)
     chosen = _likeliest(logits)
     random_rows = [row for row, request in enumerate(requests) if not request.sampling.greedy]
-    per_slice = max(1, _MAX_ELEMENTS // logits.shape[1])
+    max_elements = _MAX_ELEMENTS_CPU if logits.device.type == "cpu" else _MAX_ELEMENTS_CUDA
+    per_slice = max(1, max_elements // logits.shape[1])
     for start in range(0, len(random_rows), per_slice):
         rows = random_rows[start : start + per_slice]
         index = torch.tensor(rows, device=logits.device)
@@ -112,23 +114,31 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], keys: Sequence[int]
         )
         thresholds[index] = thresholds[index].maximum(ends)
 
-    rows, token_ids = (scaled >= thresholds.unsqueeze(1)).nonzero(as_tuple=True)
-    counters = torch.tensor([request.num_output_tokens for request in requests], device=device) << 32
-    noise = gumbel(counters[rows] | token_ids, torch.tensor(keys, device=device)[rows])
-    scores = torch.full(scaled.shape, float("-inf"), dtype=torch.float64, device=device)
-    scores[rows, token_ids] = scaled[rows, token_ids].double() + noise
+    kept = scaled >= thresholds.unsqueeze(1)
+    first_counters = torch.tensor([request.num_output_tokens for request in requests], device=device) << 32
+    row_keys = torch.tensor(keys, device=device)
+    # Noise for each token, or for the few that are kept: the same numbers, whichever is less work.
+    if int(kept.count_nonzero()) * 4 > kept.numel():
+        counters = first_counters.unsqueeze(1) | torch.arange(logits.shape[1], device=device)
+        noise = gumbel(counters, row_keys.unsqueeze(1))
+        scores = noise.add_(scaled).masked_fill_(kept.logical_not_(), float("-inf"))
+    else:
+        rows, token_ids = kept.nonzero(as_tuple=True)
+        noise = gumbel(first_counters[rows] | token_ids, row_keys[rows])
+        scores = torch.full(scaled.shape, float("-inf"), dtype=torch.float64, device=device)
+        scores[rows, token_ids] = noise.add_(scaled[rows, token_ids])
     return scores.argmax(dim=-1)
 
 
 def _truncation_thresholds(
-    scaled: torch.Tensor, top_ks: Sequence[int], top_ps: Sequence[float], *, sort_all: bool = False
+    scaled: torch.Tensor, top_ks: Sequence[int], top_ps: Sequence[float], num_guessed: int = _TOP_P_GUESS
 ) -> torch.Tensor:
     """The least value [S] that top_k, and top_p over what top_k leaves, keep in each row of `scaled` [S, vocab].
 
     Values that tie with it are kept: a threshold does not depend on the order in which equal ones are sorted.
     """
     vocab_size = scaled.shape[1]
-    num_sorted = vocab_size if sort_all else min(vocab_size, max(top_k or _TOP_P_GUESS for top_k in top_ks))
+    num_sorted = min(vocab_size, max(top_k or num_guessed for top_k in top_ks))
     values = scaled.topk(num_sorted, dim=-1).values.double()
     kept = torch.tensor([min(top_k or vocab_size, vocab_size) for top_k in top_ks], device=scaled.device)
     beyond_top_k = torch.arange(num_sorted, device=scaled.device) >= kept.unsqueeze(1)
@@ -143,6 +153,6 @@ def _truncation_thresholds(
     if len(unreached):
         rows = unreached.tolist()
         thresholds[unreached] = _truncation_thresholds(
-            scaled[unreached], [top_ks[row] for row in rows], [top_ps[row] for row in rows], sort_all=True
+            scaled[unreached], [top_ks[row] for row in rows], [top_ps[row] for row in rows], 16 * num_guessed
         )
     return thresholds
