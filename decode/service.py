@@ -26,7 +26,7 @@ class DecodeService:
             config.transport_names,
             self.host.server,
             listen.host,
-            listen.advertise or listen.host,
+            listen.advertised_host,
         )
         self.host.num_tickets = lambda: self._hub.num_open_tickets
         worker = DecodeWorker(

@@ -7,6 +7,7 @@ process with one line that names the flag.
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -17,6 +18,8 @@ from pdmesh.errors import ConfigError
 T = TypeVar("T")
 
 ENV_PREFIX = "PDMESH_"
+
+_EVERY_ADDRESS = ("0.0.0.0", "::", "[::]")
 
 
 def option(help: str, *, default: Any = MISSING, choices: Sequence[str] | None = None, positional: bool = False) -> Any:
@@ -31,7 +34,11 @@ class ServiceConfig:
 
     host: str = option("address to listen on", default="127.0.0.1")
     port: int = option("gRPC port; 0 takes a free one", default=0)
-    advertise: str | None = option("host name under which others reach this process; default: the host", default=None)
+    advertise: str | None = option(
+        "host name under which others reach this process; default: the host, or this machine's name where that is "
+        "every address",
+        default=None,
+    )
     redis_url: str = option(
         "the directory, e.g. redis://127.0.0.1:6379/0 or unix:///run/redis.sock",
         default="redis://127.0.0.1:6379/0",
@@ -39,6 +46,11 @@ class ServiceConfig:
     cluster: str = option("name that keeps clusters on one Redis apart", default="default")
     log_level: str = option("least severe level logged", default="info", choices=("debug", "info", "warning", "error"))
     drain_s: float = option("seconds given to running requests after SIGTERM", default=30.0)
+
+    @property
+    def advertised_host(self) -> str:
+        """`advertise`, decided. In a container, this machine's name is the container's, which its peers resolve."""
+        return self.advertise or (socket.gethostname() if self.host in _EVERY_ADDRESS else self.host)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, description: str) -> T:

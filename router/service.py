@@ -41,7 +41,7 @@ class RouterService:
             model_name(config.model), lambda worker_id: self._watcher.age_s(worker_id), self._changed.set
         )
         self._watcher = Watcher(directory, self._registry)
-        self._server = GrpcServer(config.service.host, config.service.port, config.service.advertise)
+        self._server = GrpcServer(config.service.host, config.service.port, config.service.advertised_host)
         self._inference = InferenceServicer(config)
         cluster = ClusterServicer(self._registry, self._channels)
         self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, "pdmesh.v1.Inference")

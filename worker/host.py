@@ -40,7 +40,7 @@ class WorkerHost:
     def __init__(self, config: WorkerConfig, role: Role, engine: Engine, directory: Directory) -> None:
         service = config.service
         self.engine = engine
-        self.server = GrpcServer(service.host, service.port, service.advertise)
+        self.server = GrpcServer(service.host, service.port, service.advertised_host)
         self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
         self.drain_requested = asyncio.Event()
         self.num_tickets: Callable[[], int] = lambda: 0
