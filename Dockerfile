@@ -1,0 +1,51 @@
+# Two images: `router`, without torch, and `worker`, for prefill and decode alike.
+#
+#   docker build --target router -t pdmesh-router .
+#   docker build --target worker -t pdmesh-worker .
+#
+# By default the worker's torch is the package index's own, which brings CUDA on Linux. For CPUs alone, much smaller:
+#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Plain steps only, so that every builder can build it.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN useradd --uid 10001 --create-home pdmesh
+WORKDIR /app
+# Dependencies first: a change of code does not install them again. What pip installs is an empty pdmesh that brings
+# them and the `pdmesh` command; the code lies here and comes before it.
+ENV PYTHONPATH=/app
+
+FROM base AS router
+COPY pyproject.toml README.md LICENSE /tmp/project/
+RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
+    && pip install '/tmp/project[router]' && rm -rf /tmp/project
+COPY pdmesh pdmesh
+COPY kvstore kvstore
+COPY router router
+USER pdmesh
+# Listen on every interface of the container; others reach it by the container's host name.
+ENV PDMESH_HOST=0.0.0.0 PDMESH_PORT=50051
+EXPOSE 50051
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pdmesh", "health"]
+ENTRYPOINT ["python", "-m"]
+CMD ["router"]
+
+FROM base AS worker
+ARG TORCH_INDEX=
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+COPY pyproject.toml README.md LICENSE /tmp/project/
+RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
+    && pip install '/tmp/project[engine]' && rm -rf /tmp/project
+COPY pdmesh pdmesh
+COPY kvstore kvstore
+COPY engine engine
+COPY worker worker
+COPY prefill prefill
+COPY decode decode
+USER pdmesh
+ENV PDMESH_HOST=0.0.0.0 PDMESH_PORT=50051
+EXPOSE 50051
+# A worker serves once its weights are loaded, which may take minutes.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["pdmesh", "health"]
+ENTRYPOINT ["python", "-m"]
+CMD ["decode"]
