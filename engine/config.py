@@ -16,7 +16,11 @@ _MAX_CUDA_SHARE = 0.85
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Raises ConfigError for values that make no sense, whatever the model."""
+    """Raises ConfigError for values that make no sense, whatever the model.
+
+    Blocks beyond those of one request of max_model_len are what leases may pin while they wait: a cache that holds no
+    more lets decode workers keep no prefix of a prompt that is computed elsewhere, and all of it travels.
+    """
 
     model: str = option("Hugging Face model directory, .gguf file or Hub id", positional=True)
     dtype: str = option(
