@@ -1,0 +1,222 @@
+"""Who lives, who pairs, and how load counts up and down between heartbeats."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from pdmesh.hashing import BlockHash, block_hashes, root_hash
+from pdmesh.types import Load, ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
+from router.policy import Candidate, Choice
+from router.registry import WorkerRegistry
+
+FACTS = PairingFacts("digest", "float32", "float32", 16, 2, 2, 8, "LKHTD")
+MODEL = ModelInfo("tiny", "LlamaForCausalLM", 100, 512)
+TOKENS = list(range(64))
+HASHES = {16: block_hashes(TOKENS, 16, root_hash())}
+
+
+def worker(worker_id: str, role: Role = Role.DECODE, **fields: Any) -> WorkerInfo:
+    info = WorkerInfo(
+        worker_id, f"{worker_id}-1", role, WorkerState.READY, f"host:{worker_id}", FACTS, MODEL,
+        Load(num_blocks=100, num_free_blocks=100),
+    )  # fmt: skip
+    return replace(info, **fields)
+
+
+@dataclass
+class World:
+    """A registry in a world whose time stands still until told; every registration is seen at each poll."""
+
+    now: float = 0.0
+    changes: int = 0
+    registered: bool = True
+    _last_found: float = 0.0
+    registry: WorkerRegistry = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.registry = WorkerRegistry("tiny", self.age_s, self.on_change, lambda: self.now)
+
+    def age_s(self, worker_id: str) -> float:
+        return self.now - self._last_found
+
+    def on_change(self) -> None:
+        self.changes += 1
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        if self.registered:
+            self._last_found = self.now
+
+    def usable(self, role: Role = Role.DECODE) -> list[str]:
+        """Who takes requests by what operators are shown."""
+        return [r.info.worker_id for r in self.registry.records() if r.info.role is role and not r.excluded_because]
+
+    def candidate(self, worker_id: str, hashes: dict[int, list[BlockHash]] | None = None) -> Candidate:
+        role = Role.DECODE if worker_id.startswith("d") else Role.PREFILL
+        found = {c.worker_id: c for c in self.registry.candidates(role, hashes or {})}
+        return found[worker_id]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.mark.parametrize(
+    ("fields", "because"),
+    [
+        ({}, ""),
+        ({"state": WorkerState.LOADING, "facts": None, "model": None}, "loading"),
+        ({"state": WorkerState.DRAINING}, "draining"),
+        ({"model": replace(MODEL, name="other")}, "serves other; this router serves tiny"),
+    ],
+)
+def test_who_takes_requests(world: World, fields: dict[str, Any], because: str) -> None:
+    world.registry.worker_seen(worker("d0", **fields))
+    (record,) = world.registry.records()
+    assert record.excluded_because == because
+    assert world.registry.usable(Role.DECODE) is not bool(because)
+    assert len(world.registry.candidates(Role.DECODE, {})) == (0 if because else 1)
+
+
+def test_lost_until_news(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    world.registry.worker_seen(worker("d1"))
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    assert world.usable() == ["d1"]
+    assert [c.worker_id for c in world.registry.candidates(Role.DECODE, {})] == ["d1"]
+    world.registry.worker_seen(worker("d0", load=Load(num_running=1, num_blocks=100, num_free_blocks=90)))
+    assert world.usable() == ["d0", "d1"]
+
+
+def test_lost_until_its_registration_must_have_been_refreshed(world: World) -> None:
+    """An idle worker's heartbeats all look alike; that its registration does not expire says that they come."""
+    world.registry.worker_seen(worker("d0"))
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    world.pass_time(2.9)
+    assert world.usable() == []
+    world.pass_time(0.2)
+    assert world.usable() == ["d0"]
+
+
+def test_the_dead_stay_lost(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    world.registered = False
+    world.pass_time(60)
+    assert world.usable() == []
+    world.registry.worker_gone("d0", "d0-1", "expired")
+    assert world.registry.records() == []
+
+
+def test_where_all_are_lost_they_are_tried_all_the_same(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    assert not world.registry.usable(Role.DECODE)
+    assert [c.worker_id for c in world.registry.candidates(Role.DECODE, {})] == ["d0"]
+    assert world.registry.models() == [MODEL]
+
+
+def test_a_new_incarnation_is_a_new_worker(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    world.registry.blocks_stored("d0", HASHES[16])
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    world.registry.worker_seen(worker("d0", incarnation="d0-2"))
+    assert world.usable() == ["d0"]
+    assert world.candidate("d0", HASHES).cached_tokens == 0
+    # What is said of the first one is not about this one.
+    world.registry.mark_lost("d0", "d0-1", "late news")
+    world.registry.worker_gone("d0", "d0-1", "late news")
+    assert world.usable() == ["d0"]
+
+
+def test_changes_are_told(world: World) -> None:
+    def changed() -> bool:
+        before, world.changes = world.changes, 0
+        return before > 0
+
+    world.registry.worker_seen(worker("d0", state=WorkerState.LOADING))
+    assert changed()
+    world.registry.worker_seen(worker("d0"))
+    assert changed()
+    world.registry.worker_seen(worker("d0", load=Load(num_running=3)))
+    assert not changed(), "load alone is no change"
+    world.registry.mark_lost("d0", "d0-1", "refused connection")
+    assert changed()
+    world.registry.worker_gone("d0", "d0-1", "left")
+    assert changed()
+
+
+def test_what_is_assigned_counts_from_then_on(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    world.registry.worker_seen(worker("p0", Role.PREFILL))
+    before = {name: world.candidate(name) for name in ("d0", "p0")}
+    assignment = world.registry.assign(Choice("d0", ("p0",), prefill_tokens=64), 64)
+    assert world.candidate("d0") == replace(before["d0"], num_requests=1, used_blocks=4, turn=1)
+    assert world.candidate("p0") == replace(before["p0"], num_requests=1, used_blocks=4, queued_tokens=64, turn=1)
+    assert [record.num_assigned for record in world.registry.records()] == [1, 1]
+    assignment.prompt_done()
+    assert world.candidate("p0") == replace(before["p0"], turn=1), "prefill is through with it"
+    assert world.candidate("d0").num_requests == 1
+    assignment.close()
+    assignment.close()
+    assert world.candidate("d0") == replace(before["d0"], turn=1)
+    assert [record.num_assigned for record in world.registry.records()] == [0, 0]
+
+
+def test_a_heartbeat_counts_what_was_assigned_before_it(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    assignment = world.registry.assign(Choice("d0", decode_tokens=64), 64)
+    busy = Load(num_running=1, num_queued_tokens=30, num_blocks=100, num_free_blocks=96)
+    world.registry.worker_seen(worker("d0", load=busy))
+    seen = world.candidate("d0")
+    assert (seen.num_requests, seen.queued_tokens, seen.used_blocks) == (1, 30, 4), "once, not twice"
+    assignment.close()
+    assert world.candidate("d0").num_requests == 0
+    assert world.candidate("d0").queued_tokens == 30, "how many of them it has computed only its heartbeat can say"
+    world.registry.worker_seen(worker("d0"))
+    assert world.candidate("d0").num_requests == 0
+
+
+def test_an_assignment_outlives_its_worker(world: World) -> None:
+    world.registry.worker_seen(worker("d0"))
+    assignment = world.registry.assign(Choice("d0", decode_tokens=64), 64)
+    world.registry.worker_gone("d0", "d0-1", "left")
+    world.registry.worker_seen(worker("d0", incarnation="d0-2"))
+    assignment.close()
+    (record,) = world.registry.records()
+    assert record.num_assigned == 0
+    assert world.candidate("d0").num_requests == 0
+
+
+def test_cached_prefixes_are_found(world: World) -> None:
+    for name in ("d0", "d1"):
+        world.registry.worker_seen(worker(name))
+    world.registry.blocks_stored("d0", HASHES[16][:3])
+    world.registry.blocks_reset("d1", HASHES[16])
+    world.registry.blocks_removed("d1", HASHES[16][1:2])
+    assert world.candidate("d0", HASHES).cached_tokens == 48
+    assert world.candidate("d1", HASHES).cached_tokens == 16
+    world.registry.worker_gone("d0", "d0-1", "left")
+    world.registry.worker_seen(worker("d0"))
+    assert world.candidate("d0", HASHES).cached_tokens == 0
+
+
+def test_who_cannot_pair_is_never_paired_and_the_log_says_why_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    world.registry.worker_seen(worker("d0"))
+    world.registry.worker_seen(worker("p0", Role.PREFILL))
+    world.registry.worker_seen(worker("p1", Role.PREFILL, facts=replace(FACTS, dtype="bfloat16")))
+    for _ in range(3):
+        assert world.candidate("d0").pairs_with == {"p0"}
+    assert [r.getMessage() for r in caplog.records] == ["d0 cannot pair with p1: dtype: float32 here, bfloat16 there"]
+    excluded = {record.info.worker_id: record.excluded_because for record in world.registry.records()}
+    assert excluded["p0"] == ""
+    assert "dtype: bfloat16 here, float32 there" in excluded["p1"]
+    # It comes back mended.
+    world.registry.worker_seen(worker("p1", Role.PREFILL, incarnation="p1-2"))
+    assert world.candidate("d0").pairs_with == {"p0", "p1"}
