@@ -18,12 +18,12 @@ import grpc
 import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from pdmesh import status
 from pdmesh.channels import SERVER_OPTIONS
 from pdmesh.config import fail
 from pdmesh.errors import ConfigError, InternalError, MeshError
+from pdmesh.reflection import enable_reflection
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Listens. Raises ConfigError where the address cannot be had."""
-        names = [*self._service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
+        enable_reflection(self._service_names, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             self._port = self._server.add_insecure_port(f"{self._host}:{self._port}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from engine.api import Engine, EngineRequest, TokenOutput
 from kvstore.transfer.base import Grant, TransferStats
 from kvstore.transfer.senders import KVSenders
+from pdmesh.tasks import settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,11 @@ class PrefillWorker:
         Raises what the engine or the transfer raised. Cancelling it frees everything before it returns.
         """
         arrived = time.monotonic()
+        started: float | None = None
         shipment = _Shipment(self._engine, self._senders, prompt, grant)
-        shipping = asyncio.create_task(shipment.run())
-        try:
-            async with aclosing(self._engine.prefill(prompt.request)) as updates:
-                started: float | None = None
+        async with aclosing(self._engine.prefill(prompt.request)) as updates:
+            shipping = asyncio.create_task(shipment.run())
+            try:
                 async for update in updates:
                     if started is None:
                         started = time.monotonic()
@@ -92,9 +93,10 @@ class PrefillWorker:
                         emit(FirstToken(update.output, compute_s=time.monotonic() - started))
                         break
                 emit(Complete(await shipping))
-        finally:
-            shipping.cancel()
-            await asyncio.gather(shipping, return_exceptions=True)
+            finally:
+                # Before the blocks go back: the sender reads them until it is closed.
+                shipping.cancel()
+                await settled(shipping)
 
 
 class _Shipment:

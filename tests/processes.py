@@ -1,0 +1,144 @@
+"""A whole mesh of real processes, real sockets and a real Valkey, each of which a test can kill."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from pdmesh import AsyncClient
+from pdmesh.channels import ChannelPool
+from pdmesh.cluster_view import WorkerView
+from pdmesh.errors import MeshError
+from pdmesh.health import is_serving
+from pdmesh.local.child import ChildProcess, ChildSpec
+from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
+from tests.valkey import ValkeyServer
+
+START_TIMEOUT_S = 60.0
+
+
+class ProcessMesh:
+    """Use as `async with ProcessMesh(model, tmp_path, …) as mesh:`; the body runs when the router is SERVING."""
+
+    def __init__(
+        self, model: Path, run_dir: Path, *, num_prefill: int = 1, num_decode: int = 1, flags: Sequence[str] = ()
+    ) -> None:
+        self.model = model
+        self.valkey = ValkeyServer()
+        self.address = f"127.0.0.1:{_free_port()}"
+        self._run_dir = run_dir
+        self._flags = flags
+        self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2])
+        self.prefills = [self._worker("prefill", number) for number in range(num_prefill)]
+        self.decodes = [self._worker("decode", number) for number in range(num_decode)]
+
+    def _worker(self, role: str, number: int) -> ChildProcess:
+        return self._service(
+            f"{role}-{number}", role, "--worker-id", f"{role}-{number}", "--num-threads", "1", "--dtype", "float32",
+            *self._flags,
+        )  # fmt: skip
+
+    def _service(self, name: str, module: str, *arguments: str) -> ChildProcess:
+        command = (sys.executable, "-m", module, str(self.model), "--redis-url", self.valkey.url, *arguments)
+        return ChildProcess(ChildSpec(name, command, {"OMP_NUM_THREADS": "1"}), self._run_dir)
+
+    @property
+    def children(self) -> list[ChildProcess]:
+        return [self.router, *self.prefills, *self.decodes]
+
+    async def __aenter__(self) -> Self:
+        self.valkey.__enter__()
+        self.client = AsyncClient(self.address)
+        self._channels = ChannelPool()
+        try:
+            for child in self.children:
+                await child.start()
+            await self.until(self.all_ready, "every worker ready", START_TIMEOUT_S)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.client.aclose()
+        await self._channels.aclose()
+        for child in self.children:
+            if child.running and child.pid is not None:
+                os.kill(child.pid, signal.SIGKILL)
+        await asyncio.gather(*(child.wait() for child in self.children if child.pid is not None))
+        self.valkey.__exit__(None, None, None)
+
+    async def workers(self) -> dict[str, WorkerView]:
+        """The cluster as the router sees it; empty while there is no router."""
+        try:
+            return {view.info.worker_id: view for view in await self.client.workers()}
+        except MeshError:
+            return {}
+
+    async def all_ready(self) -> bool:
+        views = await self.workers()
+        expected = {child.name for child in (*self.prefills, *self.decodes)}
+        usable = {worker_id for worker_id, view in views.items() if not view.excluded_because}
+        return usable == expected and await self.serving()
+
+    async def serving(self) -> bool:
+        return await is_serving(self._channels.get(self.address), timeout_s=2.0)
+
+    async def status(self, worker_id: str) -> cluster_pb2.GetStatusResponse:
+        view = (await self.workers())[worker_id]
+        stub = cluster_pb2_grpc.WorkerStub(self._channels.get(view.info.address))
+        response: cluster_pb2.GetStatusResponse = await stub.GetStatus(cluster_pb2.GetStatusRequest(), timeout=5)
+        return response
+
+    async def held(self) -> str:
+        """What workers still hold, for a person; empty when they are idle."""
+        found = []
+        for worker_id in await self.workers():
+            try:
+                status = await self.status(worker_id)
+            except grpc.aio.AioRpcError:
+                continue
+            busy = (status.num_requests, status.num_leases, status.num_tickets, status.num_request_tasks)
+            load = status.info.load
+            if any(busy) or load.num_free_blocks != load.num_blocks:
+                found.append(f"{worker_id}: {busy}, {load.num_free_blocks} of {load.num_blocks} blocks free")
+        return "; ".join(found)
+
+    async def assert_idle(self, within_s: float = 1.0) -> None:
+        deadline = asyncio.get_running_loop().time() + within_s
+        while (held := await self.held()) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        assert not held, f"still held {within_s} s after the end: {held}"
+
+    async def until(self, condition: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 10.0) -> None:
+        """Waits for a state, asked for by an async condition; AssertionError where it does not come about."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not await condition():
+            assert asyncio.get_running_loop().time() < deadline, f"never came about: {what}\n{self.logs()}"
+            await asyncio.sleep(0.05)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {child.name}\n{child.log_path.read_text()[-2000:]}" for child in self.children)
+
+
+async def kill(child: ChildProcess) -> None:
+    """SIGKILL, and proof that it is gone."""
+    assert child.running
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    await child.wait()
+    assert not child.running
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
