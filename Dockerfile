@@ -4,7 +4,7 @@
 #   docker build --target worker -t pdmesh-worker .
 #
 # By default the worker's torch is the package index's own, which brings CUDA on Linux. For CPUs alone, much smaller:
-#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   --build-arg TORCH_PIP_OPTIONS='--index-url https://download.pytorch.org/whl/cpu'
 # Plain steps only, so that every builder can build it.
 
 FROM python:3.11-slim-bookworm AS base
@@ -31,8 +31,8 @@ ENTRYPOINT ["python", "-m"]
 CMD ["router"]
 
 FROM base AS worker
-ARG TORCH_INDEX=
-RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
+ARG TORCH_PIP_OPTIONS=
+RUN pip install $TORCH_PIP_OPTIONS torch==2.13.0
 COPY pyproject.toml README.md LICENSE /tmp/project/
 RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
     && pip install '/tmp/project[engine]' && rm -rf /tmp/project
