@@ -42,7 +42,7 @@ gen: .venv/.installed  ## regenerate pdmesh/v1 from proto/
 	$(PROTOC) $(call stubs_in,.)
 
 bench: .venv/.installed  ## measure the mesh beside the engine alone
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m bench.mesh $(ARGS)
 
 # A new pyproject.toml means a new install; pip does nothing where all is there. This torch goes first and exactly so:
 # pip then keeps the build that is installed, for CPU or CUDA, where a range could replace it.
