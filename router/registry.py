@@ -70,6 +70,8 @@ class WorkerRegistry:
         self._clock = clock
         self._on_change = on_change
         self._workers: dict[str, _Worker] = {}
+        # Gone from the directory with requests of ours still on them.
+        self._departed: list[_Worker] = []
         self._index = PrefixIndex()
         self._turns = 0
         self._told: set[tuple[str, str]] = set()
@@ -80,7 +82,7 @@ class WorkerRegistry:
         known = self._workers.get(info.worker_id)
         if known is None or known.info.incarnation != info.incarnation:
             if known is not None:
-                self._index.reset(info.worker_id)
+                self._forget(known)
             self._workers[info.worker_id] = _Worker(info)
             log.info("%s worker at %s: %s", info.role.value, info.address, info.state.value, extra=_extra(info))
             self._on_change()
@@ -101,9 +103,7 @@ class WorkerRegistry:
         if known is None or known.info.incarnation != incarnation:
             return
         log.info("gone: %s", reason, extra=_extra(known.info))
-        del self._workers[worker_id]
-        self._index.reset(worker_id)
-        self._told = {pair for pair in self._told if incarnation not in pair}
+        self._forget(known)
         self._on_change()
 
     def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
@@ -143,6 +143,11 @@ class WorkerRegistry:
     def models(self) -> list[ModelInfo]:
         """The models of decode workers that may be given requests, each once."""
         return list(dict.fromkeys(w.info.model for w in self._triable(Role.DECODE) if w.info.model is not None))
+
+    def addresses(self) -> set[str]:
+        """Where workers listen that are known, or still hold requests of this router."""
+        self._departed = [worker for worker in self._departed if worker.num_assigned]
+        return {worker.info.address for worker in (*self._workers.values(), *self._departed)}
 
     def block_sizes(self) -> set[int]:
         """The block sizes by which a prompt's hashes may be asked for."""
@@ -205,6 +210,13 @@ class WorkerRegistry:
             )
             for worker in sorted(self._workers.values(), key=lambda w: (w.info.role.value, w.info.worker_id))
         ]
+
+    def _forget(self, worker: _Worker) -> None:
+        info = worker.info
+        del self._workers[info.worker_id]
+        self._departed.append(worker)
+        self._index.reset(info.worker_id)
+        self._told = {pair for pair in self._told if info.incarnation not in pair}
 
     def _usable(self, role: Role) -> list[_Worker]:
         return [w for w in self._workers.values() if w.info.role is role and not self._unusable_because(w)]

@@ -26,7 +26,7 @@ from router.text.tokenizer import load_text_model
 
 log = logging.getLogger(__name__)
 
-_HEALTH_INTERVAL_S = 0.5
+_FOLLOW_INTERVAL_S = 0.5
 
 
 class RouterService:
@@ -46,7 +46,7 @@ class RouterService:
         cluster = ClusterServicer(self._registry, self._channels)
         self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, "pdmesh.v1.Inference")
         self._server.add(cluster_pb2_grpc.add_ClusterServicer_to_server, cluster, "pdmesh.v1.Cluster")
-        self._health: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -76,7 +76,7 @@ class RouterService:
             ),
         )
         await self._watcher.start()
-        self._health = asyncio.create_task(self._keep_health(), name="router-health")
+        self._following = asyncio.create_task(self._follow_workers(), name="follow-workers")
         log.info("routes for %s at %s", text.name, self.address)
 
     async def drain_asked(self) -> None:
@@ -85,27 +85,33 @@ class RouterService:
 
     async def drain(self) -> None:
         self._inference.drain()
-        await self._stop_health()
+        await self._stop_following()
         await self._server.set_serving(False)
         await self._server.drained()
 
     async def close(self) -> None:
-        await self._stop_health()
+        await self._stop_following()
         await self._watcher.stop()
         await self._server.stop()
         await self._channels.aclose()
         await self._directory.aclose()
 
-    async def _keep_health(self) -> None:
+    async def _follow_workers(self) -> None:
+        """Keeps health and channels in step with who lives."""
+        connected: set[str] = set()
         while True:
             self._changed.clear()
+            addresses = self._registry.addresses()
+            for address in connected - addresses:
+                await self._channels.discard(address)
+            connected = addresses
             serving = self._can_serve()
             if serving is not self._server.serving:
                 log.info("health: %s", "SERVING" if serving else "NOT_SERVING, no decode worker takes requests")
                 await self._server.set_serving(serving)
             # A worker that was lost comes back by the passing of time, which is no change that anybody tells.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_HEALTH_INTERVAL_S):
+                async with asyncio.timeout(_FOLLOW_INTERVAL_S):
                     await self._changed.wait()
 
     def _can_serve(self) -> bool:
@@ -115,8 +121,8 @@ class RouterService:
         prefill_awaited = self._registry.loading(Role.PREFILL) and not self._registry.usable(Role.PREFILL)
         return self._server.serving or not prefill_awaited
 
-    async def _stop_health(self) -> None:
-        task, self._health = self._health, None
+    async def _stop_following(self) -> None:
+        task, self._following = self._following, None
         if task is not None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -6,7 +6,7 @@ token i of completion c = script(prompt, c)[i], then the end-of-text token
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from kvstore.announcer import Announcer
 from kvstore.directory import Directory
@@ -61,6 +61,7 @@ class FakeDecode:
         gate: Where set, waited for before the first token.
         first_index: Skew of the absolute indices that it sends.
         requests: All that came.
+        times_left: Seconds that each request had left when it came.
         cancelled: Set when a request was cancelled under it.
     """
 
@@ -77,6 +78,7 @@ class FakeDecode:
     role: Role = Role.DECODE
     facts: PairingFacts = FACTS
     requests: list[decode_pb2.DecodeGenerateRequest] = field(default_factory=list)
+    times_left: list[float] = field(default_factory=list)
     num_running: int = 0
     drained: bool = False
 
@@ -186,9 +188,10 @@ class _Servicer(decode_pb2_grpc.DecodeServicer):
         self._fake = fake
 
     async def Generate(
-        self, request: decode_pb2.DecodeGenerateRequest, context: object
+        self, request: decode_pb2.DecodeGenerateRequest, context: Any
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         fake = self._fake
+        fake.times_left.append(context.time_remaining())
         fake.requests.append(request)
         if request.expected_incarnation != fake.info.incarnation:
             raise PreconditionError("restarted", reason="STALE_INCARNATION")

@@ -310,6 +310,7 @@ async def test_the_deadline_holds_under_a_silent_worker(model: Path) -> None:
     async with routing(model, worker) as bed:
         with pytest.raises(DeadlineError):
             await bed.generate(timeout=0.5)
+        assert 0 < worker.times_left[0] <= 0.5, "the worker was told a later one"
         async with asyncio.timeout(1):
             await worker.cancelled.wait()
 

@@ -184,8 +184,10 @@ def test_an_assignment_outlives_its_worker(world: World) -> None:
     world.registry.worker_seen(worker("d0"))
     assignment = world.registry.assign(Choice("d0", decode_tokens=64), 64)
     world.registry.worker_gone("d0", "d0-1", "left")
-    world.registry.worker_seen(worker("d0", incarnation="d0-2"))
+    world.registry.worker_seen(worker("d0", incarnation="d0-2", address="host:new"))
+    assert world.registry.addresses() == {"host:d0", "host:new"}, "its channel is needed yet"
     assignment.close()
+    assert world.registry.addresses() == {"host:new"}
     (record,) = world.registry.records()
     assert record.num_assigned == 0
     assert world.candidate("d0").num_requests == 0
