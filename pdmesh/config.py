@@ -97,7 +97,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, hint: Any, default: An
             parser.set_defaults(**{name: _boolean(parser, env_name, options["default"])})
         return
     options["type"] = kind
-    options["choices"] = metadata["choices"]
+    options["choices"] = choices = metadata["choices"]
+    # argparse compares flags with the choices, but not defaults.
+    if env_value is not None and choices is not None and env_value not in choices:
+        parser.error(f"{env_name} is {env_value!r}: choose from {', '.join(choices)}")
     if metadata["positional"]:
         parser.add_argument(name, nargs=None if required else "?", **options)
     else:

@@ -41,10 +41,10 @@ class LocalConfig:
     run_dir: str | None = option("directory for logs; default: a new one among the temporary files", default=None)
 
     def __post_init__(self) -> None:
-        if self.prefill < 0 or self.decode < 1:
-            raise ConfigError(
-                "a cluster needs at least one decode worker (--decode) and no fewer than 0 prefill workers"
-            )
+        if self.prefill < 0:
+            raise ConfigError(f"--prefill is {self.prefill}: must not be negative")
+        if self.decode < 1:
+            raise ConfigError(f"--decode is {self.decode}: a cluster needs at least one decode worker")
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"--num-threads is {self.num_threads}: must be at least 1")
         if not 0 <= self.port <= 65535:

@@ -1,0 +1,157 @@
+"""`pdmesh up` as a person runs it: real processes, signals, and nothing left after."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pdmesh import Client
+from pdmesh.errors import UnavailableError
+
+pytestmark = pytest.mark.e2e
+
+PDMESH = (sys.executable, "-m", "pdmesh.cli.main")
+_END_TIMEOUT_S = 30
+
+
+@dataclass
+class Up:
+    """A running `pdmesh up`, which prints to a pipe."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def lines_until(self, text: str) -> list[str]:
+        """What it prints up to a line that holds `text`."""
+        assert self.process.stdout is not None
+        lines = []
+        for line in self.process.stdout:
+            lines.append(line)
+            if text in line:
+                return lines
+        raise AssertionError(f"it ended without saying {text!r}:\n{''.join(lines)}")
+
+    def family(self) -> list[psutil.Process]:
+        """All processes that it started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def up(model: Path, port: int, environment: dict[str, str], *flags: str) -> Iterator[Up]:
+    command = [*PDMESH, "up", str(model), "--port", str(port), *flags]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            yield Up(process, port)
+        finally:
+            # With it goes its family, or a test would have failed.
+            process.kill()
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    assert processes, "there was somebody to end"
+    _, alive = psutil.wait_procs(processes, timeout=_END_TIMEOUT_S)
+    assert [process.cmdline() for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_it_serves_mends_itself_and_leaves_nothing(
+    tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    with up(tiny_model, unused_tcp_port, environment) as running:
+        screen = "".join(running.lines_until("Ctrl-C"))
+        for word in ("prefill-0", "decode-0", "router", "valkey", "KV blocks", f"--address {running.address}"):
+            assert word in screen
+        family = running.family()
+
+        command = [*PDMESH, "generate", "a b", "--max-tokens", "4", "--json", "--address", running.address]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert '"completion_tokens": 4' in done.stdout
+
+        with Client(running.address) as client:
+            (decode,) = [view.info for view in client.workers() if view.info.worker_id == "decode-0"]
+            victim = next(process for process in family if "decode-0" in process.cmdline())
+            victim.kill()
+            running.lines_until("decode-0 was ended by SIGKILL; starting it again")
+            assert _generates_again(client, decode.incarnation)
+        family = running.family()
+
+        running.process.send_signal(signal.SIGINT)
+        running.lines_until("Stopping")
+        assert running.process.wait(_END_TIMEOUT_S) == 0
+        assert_gone(family)
+
+
+def _generates_again(client: Client, old_incarnation: str) -> bool:
+    """Whether the decode worker's successor answers, in the time that its start may take."""
+    for _ in range(600):
+        views = [view.info for view in client.workers() if view.info.worker_id == "decode-0"]
+        if views and views[0].incarnation != old_incarnation:
+            with contextlib.suppress(UnavailableError):
+                return bool(client.generate("a b", max_tokens=2, ignore_eos=True).token_ids)
+        time.sleep(0.1)
+    return False
+
+
+def test_sigkill_of_it_leaves_nothing(tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]) -> None:
+    with up(tiny_model, unused_tcp_port, environment, "--prefill", "2") as running:
+        running.lines_until("Ctrl-C")
+        family = running.family()
+        assert len(family) == 5
+        running.process.kill()
+        running.process.wait()
+        assert_gone(family)
+
+
+def test_sigterm_while_it_starts_leaves_nothing(
+    tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    with up(tiny_model, unused_tcp_port, environment) as running:
+        running.lines_until("decode-0: starting")
+        family = running.family()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(_END_TIMEOUT_S) == 130
+        assert_gone(family)
+
+
+def test_a_worker_that_cannot_start_ends_it_and_is_quoted(
+    tmp_path: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    model = tmp_path / "empty"
+    model.mkdir()
+    with up(model, unused_tcp_port, environment) as running:
+        output, _ = running.process.communicate(timeout=60)
+        assert running.process.returncode == 2
+    assert "could not start: " in output
+    assert "its log: " in output
+    assert "Traceback" not in output
+
+
+def test_a_taken_port_is_one_line(tiny_model: Path, environment: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with up(tiny_model, taken.getsockname()[1], environment) as running:
+            output, _ = running.process.communicate(timeout=60)
+            assert running.process.returncode == 2
+    (line,) = output.splitlines()
+    assert "choose another port" in line

@@ -1,0 +1,145 @@
+"""Commands as a person meets them, against a server that echoes."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from pdmesh.cli.loading import loading_display
+from pdmesh.cli.main import main
+from pdmesh.local.cluster import WorkerProcess
+from pdmesh.types import Role, WorkerInfo, WorkerState
+from tests.unit.pdmesh.conftest import EchoServer
+
+Run = Callable[..., "asyncio.Future[int]"]
+
+
+@pytest.fixture
+def pdmesh(echo: EchoServer) -> Run:
+    """Runs a command against the echo server, on a thread since that lives on the event loop."""
+
+    def run(*argv: str) -> "asyncio.Future[int]":
+        return asyncio.ensure_future(asyncio.to_thread(main, [*argv, "--address", echo.address]))
+
+    return run
+
+
+async def test_generate_prints_the_text(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("generate", "hello") == 0
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+async def test_generate_passes_its_options_on(pdmesh: Run, echo: EchoServer) -> None:
+    await pdmesh("generate", "x", "--max-tokens", "5", "--temperature", "0", "--seed", "9", "--model", "m")
+    (request,) = echo.inference.requests
+    params = request.sampling_params
+    assert (params.max_tokens, params.temperature, params.seed, request.model) == (5, 0.0, 9, "m")
+
+
+async def test_generate_as_a_chat(pdmesh: Run, echo: EchoServer) -> None:
+    await pdmesh("generate", "hi", "--chat")
+    assert [(turn.role, turn.content) for turn in echo.inference.requests[0].chat.messages] == [("user", "hi")]
+
+
+async def test_generate_json_is_the_whole_result(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("generate", "ab", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    (completion,) = result["completions"]
+    assert (completion["text"], completion["finish_reason"]) == ("ab", "stop")
+    assert (result["seed"], completion["report"]["decode_worker_id"]) == (7, "w")
+
+
+async def test_a_refusal_is_one_line(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("generate", "full") == 1
+    assert capsys.readouterr().err == "pdmesh: no room for you\n"
+
+
+async def test_status_names_each_worker_and_why_it_gets_nothing(
+    pdmesh: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await pdmesh("status") == 0
+    head, _, columns, row = capsys.readouterr().out.splitlines()
+    assert "0 of 8" in head
+    assert columns.split()[:3] == ["worker", "role", "state"]
+    assert row.split()[:3] == ["w", "decode", "loading"]
+    assert "no requests: loading" in row
+
+
+async def test_status_json(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("status", "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["router"]["version"] == "1.2.3"
+    assert [(worker["info"]["worker_id"], worker["info"]["state"]) for worker in status["workers"]] == [
+        ("w", "loading")
+    ]
+
+
+async def test_drain(pdmesh: Run, echo: EchoServer) -> None:
+    assert await pdmesh("drain", "w") == 0
+    assert echo.cluster.drained == ["w"]
+
+
+async def test_health_is_an_exit_code(pdmesh: Run, echo: EchoServer) -> None:
+    assert await pdmesh("health") == 1
+    await echo.grpc.set_serving(True)
+    assert await pdmesh("health") == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "status", "drain", "chat"])
+def test_nobody_there_is_one_line_with_the_remedy(
+    command: str, unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = ["x"] if command in ("generate", "drain") else []
+    assert main([command, *prompt, "--address", f"127.0.0.1:{unused_tcp_port}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nobody answers" in line
+    assert "pdmesh up" in line
+
+
+def test_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "up" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as raised:
+        main(["upp"])
+    assert raised.value.code == 2
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "/no/such/model"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdmesh: /no/such/model: no such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"), [("pdmesh.cli.main", "grpc"), ("pdmesh.types", "grpc"), ("pdmesh", "grpc")]
+)
+def test_what_need_not_be_imported_is_not(module: str, unwanted: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(name.split('.')[0] == {unwanted!r} for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_loading_without_a_terminal_is_a_line_for_each_step(capsys: pytest.CaptureFixture[str]) -> None:
+    def worker(state: WorkerState, loaded: int = 0, total: int = 0) -> WorkerProcess:
+        info = WorkerInfo("w", "i", Role.DECODE, state, "a:1", loaded_bytes=loaded, total_bytes=total)
+        return WorkerProcess("w", 1, info)
+
+    loading, mb = WorkerState.LOADING, 10**6
+    with loading_display(Console()) as show:
+        show([WorkerProcess("w", 1, None)])
+        show([worker(loading)])
+        show([worker(loading, 30 * mb, 100 * mb)])
+        show([worker(loading, 40 * mb, 100 * mb)])
+        show([worker(loading, 80 * mb, 100 * mb)])
+        show([worker(WorkerState.READY)])
+        show([worker(WorkerState.READY)])
+    assert capsys.readouterr().out.splitlines() == [
+        "w: starting",
+        "w: loading",
+        "w: loading weights, 25 % of 100 MB",
+        "w: loading weights, 75 % of 100 MB",
+        "w: ready",
+    ]

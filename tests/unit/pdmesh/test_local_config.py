@@ -1,0 +1,94 @@
+"""What `pdmesh up` is told, and the command lines that this becomes."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdmesh.errors import ConfigError
+from pdmesh.local.commands import cluster_commands
+from pdmesh.local.config import LocalConfig, num_cores
+
+
+def argument(command: tuple[str, ...], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_one_process_each_with_ids_and_a_valkey_of_its_own(tmp_path: Path) -> None:
+    commands = cluster_commands(LocalConfig(model="m", prefill=1, decode=2), 50051, tmp_path)
+    assert list(commands.workers) == ["prefill-0", "decode-0", "decode-1"]
+    assert commands.router.command[:5] == (sys.executable, "-P", "-m", "router", "m")
+    assert argument(commands.router.command, "--port") == "50051"
+    assert commands.valkey is not None
+    assert argument(commands.valkey.command, "--unixsocket") == str(tmp_path / "valkey.sock")
+    for name, spec in commands.workers.items():
+        assert spec.command[3] == name.partition("-")[0]
+        assert argument(spec.command, "--worker-id") == name
+        assert argument(spec.command, "--redis-url") == f"unix://{tmp_path}/valkey.sock"
+
+
+def test_on_a_redis_that_others_use_worker_ids_are_this_clusters_own(tmp_path: Path) -> None:
+    commands = cluster_commands(LocalConfig(model="m", redis_url="redis://r:1"), 1, tmp_path)
+    assert commands.valkey is None
+    assert all(name not in ("prefill-0", "decode-0") for name in commands.workers)
+    assert argument(commands.router.command, "--redis-url") == "redis://r:1"
+
+
+def test_settings_reach_those_whom_they_concern(tmp_path: Path) -> None:
+    config = LocalConfig(
+        model="m", dtype="bfloat16", kv_cache_bytes=4096, max_model_len=64, transports="grpc", short_prefill_tokens=0
+    )
+    commands = cluster_commands(config, 1, tmp_path)
+    prefill, decode = commands.workers["prefill-0"].command, commands.workers["decode-0"].command
+    for command in (prefill, decode):
+        assert argument(command, "--dtype") == "bfloat16"
+        assert argument(command, "--kv-cache-bytes") == "4096"
+        assert argument(command, "--max-model-len") == "64"
+    assert argument(decode, "--transports") == "grpc"
+    assert argument(decode, "--short-prefill-tokens") == "0"
+    assert argument(commands.router.command, "--short-prefill-tokens") == "0"
+    assert "--transports" not in prefill
+
+
+def test_a_socket_path_that_no_socket_takes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shorter --run-dir"):
+        cluster_commands(LocalConfig(model="m"), 1, tmp_path / ("x" * 100))
+
+
+def test_cores_are_divided_among_workers() -> None:
+    assert LocalConfig(model="m", prefill=0, decode=1).threads_per_worker == num_cores()
+    assert LocalConfig(model="m", prefill=500, decode=500).threads_per_worker == 1
+    assert LocalConfig(model="m", num_threads=3).threads_per_worker == 3
+
+
+@pytest.mark.parametrize(
+    "values", [{"decode": 0}, {"prefill": -1}, {"num_threads": 0}, {"port": 65536}, {"drain_s": -1.0}], ids=str
+)
+def test_values_that_make_no_sense(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="--" + next(iter(values)).replace("_", "-")):
+        LocalConfig(model="m", **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["/no/such/model", "nothing", "dir/model.gguf", "a/b/c"])
+def test_a_model_that_is_neither_path_nor_hub_id(model: str) -> None:
+    with pytest.raises(ConfigError, match="no such file or directory"):
+        LocalConfig(model=model).check_model()
+
+
+def test_paths_and_hub_ids_pass(tmp_path: Path) -> None:
+    LocalConfig(model=str(tmp_path)).check_model()
+    LocalConfig(model="owner/name-1.5").check_model()
+
+
+def test_a_taken_port_names_the_way_out() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port {port + 1}"):
+            LocalConfig(model="m", port=port).free_port()
+
+
+def test_port_0_is_some_port() -> None:
+    assert LocalConfig(model="m", port=0).free_port() > 0
