@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from decode.handoff import PrefillTarget, Report
-from decode.worker import CompletionOutput, DecodeRequest, DecodeWorker
+from decode.worker import CompletionOutput, DecodeRequest, DecodeWorker, Event
 from pdmesh.errors import InvalidRequestError
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import finish_reason_to_pb
@@ -26,14 +26,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         with self._host.admitted(request.expected_incarnation):
             decoded = _from_pb(request)
             self._worker.validate(decoded)
-            outputs: asyncio.Queue[CompletionOutput | None] = asyncio.Queue()
-            running = asyncio.create_task(self._worker.run(decoded, outputs.put_nowait))
-            running.add_done_callback(lambda _: outputs.put_nowait(None))
+            events: asyncio.Queue[Event | None] = asyncio.Queue()
+            running = asyncio.create_task(self._worker.run(decoded, events.put_nowait))
+            running.add_done_callback(lambda _: events.put_nowait(None))
             try:
-                while (output := await outputs.get()) is not None:
-                    yield _tokens_to_pb(output)
-                    if output.output.finish_reason is not None:
-                        yield _finished_to_pb(output)
+                while (event := await events.get()) is not None:
+                    if isinstance(event, Report):
+                        yield pb.DecodeGenerateResponse(prefill=_report_to_pb(event))
+                        continue
+                    yield _tokens_to_pb(event)
+                    if event.output.finish_reason is not None:
+                        yield _finished_to_pb(event)
                 await running
             finally:
                 running.cancel()
@@ -84,7 +87,6 @@ def _finished_to_pb(completion: CompletionOutput) -> pb.DecodeGenerateResponse:
             index=completion.index,
             finish_reason=finish_reason_to_pb(output.finish_reason),
             matched_token_id=output.matched_token_id,
-            prefill=_report_to_pb(completion.report or Report()),
         )
     )
 

@@ -62,14 +62,15 @@ class DecodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """New tokens of one completion; `report` with its last."""
+    """New tokens of one completion."""
 
     index: int
     output: TokenOutput
-    report: Report | None = None
 
 
-Emit = Callable[[CompletionOutput], None]
+# A request's outputs, and once, if prefill workers were asked, how the prompt's KV came.
+Event = CompletionOutput | Report
+Emit = Callable[[Event], None]
 
 
 class DecodeWorker:
@@ -105,7 +106,7 @@ class DecodeWorker:
                     await prompt_is_here.wait()
                     for index in others:
                         outputs = self._engine.generate(request.completion(index))
-                        group.create_task(self._forward(outputs, index, Report(), emit))
+                        group.create_task(self._forward(outputs, index, emit))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from failed
 
@@ -114,26 +115,28 @@ class DecodeWorker:
         report = Report()
         first = _FirstTokenOnce(completion, index, self._engine.model.max_model_len, report, emit)
         imported = await self._fetch(request, completion, first, report) if request.targets else None
+        if report.worker_id and not first.finished:
+            emit(report if imported is not None else Report(retries=report.retries))
         if first.finished:
             prompt_is_here.set()
         elif imported is not None:
             outputs = self._engine.generate(completion, imported)
             # The engine takes requests in order: whoever comes after finds the imported blocks committed.
             prompt_is_here.set()
-            await self._forward(outputs, index, report, emit)
+            await self._forward(outputs, index, emit)
         else:
 
-            def emit_local(output: CompletionOutput) -> None:
+            def emit_local(event: Event) -> None:
                 prompt_is_here.set()
-                emit(output)
+                emit(event)
 
             outputs = self._engine.generate(first.resumed())
-            await self._forward(outputs, index, Report(retries=report.retries), emit_local)
+            await self._forward(outputs, index, emit_local)
 
-    async def _forward(self, outputs: OutputStream, index: int, report: Report, emit: Emit) -> None:
+    async def _forward(self, outputs: OutputStream, index: int, emit: Emit) -> None:
         async with aclosing(outputs):
             async for output in outputs:
-                emit(CompletionOutput(index, output, report if output.finish_reason else None))
+                emit(CompletionOutput(index, output))
 
     async def _fetch(
         self, request: DecodeRequest, completion: EngineRequest, first: "_FirstTokenOnce", report: Report
@@ -210,7 +213,9 @@ class _FirstTokenOnce:
                 finish_reason=stop.reason if stop else None,
                 matched_token_id=stop.matched_token_id if stop else None,
             )
-            self._emit(CompletionOutput(self._index, output, self._report if self.finished else None))
+            if self.finished:
+                self._emit(self._report)
+            self._emit(CompletionOutput(self._index, output))
         return not self.finished
 
     def resumed(self) -> EngineRequest:

@@ -239,10 +239,11 @@ class _Run:
                         yield self._complete(completion)
                         if self.finished:
                             return
+                elif message.HasField("prefill"):
+                    self._take_over(message.prefill)
                 else:
                     finished = message.finished
                     completion = _completion(completions, finished.index, worker_id)
-                    self._take_over(finished.prefill)
                     if completion.finished:
                         continue
                     matched = finished.matched_token_id if finished.HasField("matched_token_id") else None

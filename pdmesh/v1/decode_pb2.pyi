@@ -130,21 +130,27 @@ class DecodeGenerateResponse(_message.Message):
 
     TOKENS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> Global___DecodeTokens: ...
     @_builtins.property
     def finished(self) -> Global___DecodeFinished: ...
+    @_builtins.property
+    def prefill(self) -> Global___PrefillReport:
+        """Once, as soon as the prompt's KV is here; not sent where no prefill worker was asked."""
+
     def __init__(
         self,
         *,
         tokens: Global___DecodeTokens | None = ...,
         finished: Global___DecodeFinished | None = ...,
+        prefill: Global___PrefillReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "prefill", b"prefill", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "prefill", b"prefill", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["tokens", "finished", "prefill"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -194,23 +200,19 @@ class DecodeFinished(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     MATCHED_TOKEN_ID_FIELD_NUMBER: _builtins.int
-    PREFILL_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     finish_reason: _common_pb2.FinishReason.ValueType
     matched_token_id: _builtins.int
-    @_builtins.property
-    def prefill(self) -> Global___PrefillReport: ...
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         matched_token_id: _builtins.int | None = ...,
-        prefill: Global___PrefillReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "matched_token_id", b"matched_token_id", "prefill", b"prefill"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "matched_token_id", b"matched_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "finish_reason", b"finish_reason", "index", b"index", "matched_token_id", b"matched_token_id", "prefill", b"prefill"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id", "finish_reason", b"finish_reason", "index", b"index", "matched_token_id", b"matched_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_token_id: _TypeAlias = _typing.Literal["matched_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_token_id: _TypeAlias = _typing.Literal["_matched_token_id", b"_matched_token_id"]  # noqa: Y015

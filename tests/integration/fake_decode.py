@@ -176,8 +176,7 @@ class _Output:
 
     def finished(self) -> decode_pb2.DecodeFinished:
         assert self.reason is not None
-        report = decode_pb2.PrefillReport(worker_id="prefill-9", transport="tcp", kv_bytes=4096, retries=1)
-        finished = decode_pb2.DecodeFinished(index=self.index, finish_reason=self.reason, prefill=report)
+        finished = decode_pb2.DecodeFinished(index=self.index, finish_reason=self.reason)
         if self.reason == common_pb2.FINISH_REASON_STOP:
             finished.matched_token_id = self.tokens[self.place - 1]
         return finished
@@ -200,6 +199,8 @@ class _Servicer(decode_pb2_grpc.DecodeServicer):
         fake.num_running += 1
         fake.started.set()
         try:
+            report = decode_pb2.PrefillReport(worker_id="prefill-9", transport="tcp", kv_bytes=4096, retries=1)
+            yield decode_pb2.DecodeGenerateResponse(prefill=report)
             async for message in fake.outputs(request):
                 yield message
         except (asyncio.CancelledError, GeneratorExit):

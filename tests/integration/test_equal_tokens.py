@@ -4,11 +4,12 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from engine.api import EngineRequest
 from engine.config import EngineConfig
@@ -20,16 +21,16 @@ from tests.tiny_models import EOS_TOKEN_ID, SHAPES, VOCAB_SIZE, make_tiny_model
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 300, 400, 511, 600)
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, stop_token_ids=(EOS_TOKEN_ID,))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
 SEEDED = SamplingParams(
     temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
-    frequency_penalty=0.1, seed=1234, max_tokens=NUM_TOKENS, stop_token_ids=(EOS_TOKEN_ID,),
+    frequency_penalty=0.1, seed=1234, max_tokens=NUM_TOKENS,
 )  # fmt: skip
 
 
-def prompts(seed: int = 7) -> list[tuple[int, ...]]:
-    draw = random.Random(seed)
-    return [tuple(draw.randrange(VOCAB_SIZE - 64) for _ in range(length)) for length in LENGTHS]
+def prompts(vocab_size: int = VOCAB_SIZE - 64) -> list[tuple[int, ...]]:
+    draw = random.Random(7)
+    return [tuple(draw.randrange(vocab_size) for _ in range(length)) for length in LENGTHS]
 
 
 @asynccontextmanager
@@ -53,22 +54,39 @@ async def aggregated(engine: LocalEngine, prompt: Sequence[int], sampling: Sampl
 async def test_disaggregated_equals_aggregated_equals_transformers(shape: str, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, shape)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    await _check_equal_tokens(model, reference, prompts())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_smollm2_disaggregated_equals_aggregated_equals_transformers(smollm2: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).eval()
+    await _check_equal_tokens(smollm2, reference, prompts(vocab_size=49152), eos_token_id=2)
+
+
+async def _check_equal_tokens(
+    model: Path, reference: torch.nn.Module, prompts: Sequence[tuple[int, ...]], eos_token_id: int = EOS_TOKEN_ID
+) -> None:
+    """Every prompt, greedy and seeded, gets the same tokens in one engine, over grpc and over tcp."""
+    greedy, seeded = (replace(sampling, stop_token_ids=(eos_token_id,)) for sampling in (GREEDY, SEEDED))
     async with running_engine(model) as engine:
         alone = {
-            sampling: [await aggregated(engine, prompt, sampling) for prompt in prompts()]
-            for sampling in (GREEDY, SEEDED)
+            sampling: [await aggregated(engine, prompt, sampling) for prompt in prompts]
+            for sampling in (greedy, seeded)
         }
-    for prompt, tokens in zip(prompts(), alone[GREEDY], strict=True):
+    for prompt, tokens in zip(prompts, alone[greedy], strict=True):
         assert tokens == _transformers_greedy(reference, prompt), f"prompt of {len(prompt)} tokens"
+    short = {"short_prefill_tokens": 1}
     for transport in ("grpc", "tcp"):
-        async with Mesh(model, transports=transport, decode={"short_prefill_tokens": 1},
-                        router={"short_prefill_tokens": 1}) as mesh:  # fmt: skip
+        async with Mesh(model, transports=transport, decode=short, router=short) as mesh:
             for sampling, expected in alone.items():
-                for prompt, tokens in zip(prompts(), expected, strict=True):
+                for prompt, tokens in zip(prompts, expected, strict=True):
                     result = await mesh.client.generate(tokens=prompt, sampling=sampling)
                     assert list(result.token_ids) == tokens, f"{transport}, prompt of {len(prompt)} tokens"
                     assert result.report.kv_transport in (transport, "")
-                    if sampling is GREEDY and len(prompt) > 1:
+                    if sampling is greedy and len(prompt) > 1:
                         assert result.report.kv_transport == transport
                         assert result.report.prefill_worker_id == "prefill-0"
             await mesh.assert_idle()

@@ -124,9 +124,13 @@ async def test_deadline_ends_the_work_in_time(tiny_model: Path) -> None:
             await mesh.client.generate(tokens=prompt(900), sampling=ENDLESS, timeout_s=0.2)
         await mesh.assert_idle()
         seen: list[Event] = []
-        with pytest.raises(DeadlineError):
+
+        async def read() -> None:
             async for event in mesh.client.stream(tokens=prompt(8), sampling=ENDLESS, timeout_s=0.5):
                 seen.append(event)
+
+        with pytest.raises(DeadlineError):
+            await read()
         assert any(isinstance(event, Chunk) for event in seen), "it was generating when its time was up"
         await mesh.assert_idle()
 
@@ -195,6 +199,20 @@ async def test_completions_share_the_prompt(tiny_model: Path) -> None:
         assert mesh.prefills[0].host.engine.status().num_steps == 1, "the prompt was computed once"
         for completion in result.completions[1:]:
             assert completion.usage.cached_tokens == 192, "the others found its full blocks"
+        await mesh.assert_idle()
+
+
+async def test_the_report_tells_of_the_hand_off_also_where_a_stop_string_ends_it(tiny_model: Path) -> None:
+    async with Mesh(tiny_model) as mesh:
+        whole = await mesh.client.generate(tokens=prompt(200), temperature=0.0, max_tokens=12, ignore_eos=True)
+        stop = whole.text[len(whole.text) // 2 :][:3]
+        result = await mesh.client.generate(
+            tokens=prompt(200), temperature=0.0, max_tokens=12, ignore_eos=True, stop=[stop], cache_salt="again"
+        )
+        assert result.completions[0].matched_stop == stop
+        assert result.text == whole.text[: whole.text.index(stop)]
+        assert result.report.prefill_worker_id == "prefill-0"
+        assert result.report.kv_bytes == 13 * mesh.decodes[0].host.engine.memory.block_bytes
         await mesh.assert_idle()
 
 
