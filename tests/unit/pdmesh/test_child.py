@@ -99,19 +99,21 @@ async def test_a_command_that_is_not_there_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_a_child_dies_with_its_parent_even_by_sigkill(tmp_path: Path) -> None:
+    # The command itself tells its pid, by a pipe: by then nothing but PDEATHSIG can end it.
+    told = tmp_path / "told"
+    os.mkfifo(told)
     parent_code = (
         "import asyncio, pathlib\n"
         "from pdmesh.local.child import ChildProcess, ChildSpec\n"
         "async def main():\n"
-        f"    child = ChildProcess(ChildSpec('child', ('sleep', '600')), pathlib.Path({str(tmp_path)!r}))\n"
+        f"    spec = ChildSpec('child', ('/bin/sh', '-c', 'echo $$ > {told}; exec sleep 600'))\n"
+        f"    child = ChildProcess(spec, pathlib.Path({str(tmp_path)!r}))\n"
         "    await child.start()\n"
-        "    print(child.pid, flush=True)\n"
         "    await child.wait()\n"
         "asyncio.run(main())\n"
     )
-    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child_pid = int(parent.stdout.readline())
+    with subprocess.Popen([sys.executable, "-c", parent_code]) as parent:
+        child_pid = int(told.read_text())
         assert psutil.pid_exists(child_pid)
         parent.kill()
     assert_gone(child_pid)
