@@ -1,5 +1,6 @@
 """`pdmesh status`: the workers of a cluster, as its router sees them."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     console = make_console()
     with Client(config.connection.address) as client:
         if config.watch:
-            _watch(client, config, console)
+            with contextlib.suppress(KeyboardInterrupt):
+                _watch(client, config, console)
         else:
             _show_once(client, config, console)
     return 0

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console, Group
@@ -128,8 +129,15 @@ def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
     return table
 
 
+def _own_command() -> str:
+    """How a person in this directory runs `pdmesh`."""
+    if shutil.which("pdmesh"):
+        return "pdmesh"
+    return sys.argv[0] if Path(sys.argv[0]).name == "pdmesh" else f"{sys.executable} -m pdmesh.cli.main"
+
+
 def _hints(cluster: LocalCluster) -> Table:
-    command = "pdmesh" if shutil.which("pdmesh") else f"{sys.executable} -m pdmesh.cli.main"
+    command = _own_command()
     flag = "" if cluster.address == "127.0.0.1:50051" else f" --address {cluster.address}"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_row("  [dim]try[/dim]", f'{command} generate "The capital of France is"{flag}')
