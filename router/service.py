@@ -12,6 +12,7 @@ import logging
 from kvstore.directory import Directory
 from kvstore.watcher import Watcher
 from pdmesh.channels import ChannelPool
+from pdmesh.model_source import model_name
 from pdmesh.server import GrpcServer
 from pdmesh.types import Role
 from pdmesh.v1 import cluster_pb2_grpc, inference_pb2_grpc
@@ -21,7 +22,6 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.inference_servicer import InferenceServicer
 from router.registry import WorkerRegistry
-from router.text.model_files import model_name
 from router.text.tokenizer import load_text_model
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pdmesh.errors import ConfigError, InvalidRequestError
+from pdmesh.model_source import model_name
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import Detokenizer, TokenBytes
 from router.text.gguf_metadata import read_gguf_metadata
-from router.text.model_files import find_model_files, model_name
+from router.text.model_files import find_model_files
 from router.text.tokenizer import load_text_model
 from tests.tiny_text import BOS_ID, END_ID, MERGES, SPECIAL, VOCAB_SIZE, make_text_model, tiny_tokenizer
 
@@ -308,7 +309,7 @@ def test_what_a_model_may_be_named_by(tmp_path: Path) -> None:
     directory.mkdir()
     file = gguf(directory / "tiny.Q4_1.gguf")
     assert model_name(str(file)) == "tiny.Q4_1"
-    assert model_name(str(directory)) == "gguf-dir"
+    assert model_name(str(directory)) == "tiny.Q4_1", "what it holds says more than what it is called"
     assert model_name("org/model-1.5") == "org/model-1.5"
     assert load_text_model(str(directory)).encode("hello") == load_text_model(str(file)).encode("hello")
     # A tokenizer.json beside the file counts first.
