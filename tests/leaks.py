@@ -9,7 +9,7 @@ from engine.api import Engine
 async def assert_engine_idle(engine: Engine, within_s: float = 1.0) -> None:
     """No request, no lease, every block free: at the latest `within_s` from now, for closing works between steps."""
     deadline = time.monotonic() + within_s
-    while not _idle(engine) and time.monotonic() < deadline:  # noqa: ASYNC110 - the engine's thread has no event for it
+    while not _idle(engine) and time.monotonic() < deadline:
         await asyncio.sleep(0.005)
     status, load = engine.status(), engine.load()
     assert (status.num_requests, status.num_leases) == (0, 0), f"still held: {status}"

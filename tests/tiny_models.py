@@ -1,4 +1,4 @@
-"""Tiny random Llama checkpoints with a real tokenizer: every shape that the engine must get right, on a laptop's CPU."""
+"""Tiny random Llama checkpoints with a real tokenizer: every shape that the engine must get right, on a laptop."""
 
 import json
 from pathlib import Path
