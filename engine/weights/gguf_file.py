@@ -1,23 +1,32 @@
-"""A GGUF file: llama.cpp's format of one file, read through the gguf library and dequantised.
+"""A GGUF file: llama.cpp's format of one file, dequantised by the gguf library.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from gguf import GGUFReader, GGUFValueType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.config_fields import Fields
 from engine.model_config import GgufTensorFacts, ModelConfig, config_from_gguf
 from engine.weights.checkpoint import StoredTensor
 from pdmesh.errors import ConfigError
+from pdmesh.gguf_header import GgufTensor, read_gguf_header
 
 _ENCODINGS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+
+# Encodings whose values numpy knows; the library takes the bytes of all others.
+_PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+
+# A multiple of the values in a block of any encoding.
+_PIECE_VALUES = 1 << 18
 
 _TOP_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -47,28 +56,27 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         """Reads metadata and the list of tensors. Raises ConfigError."""
         self._path = path
-        reader = _open(path)
+        header = read_gguf_header(path)
+        # As a plain array: each slice of a memmap costs microseconds.
+        self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
         # By GGUF's names; the config is read from these and the metadata.
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-        for tensor in reader.tensors:
-            if tensor.tensor_type.name not in _ENCODINGS:
-                raise ConfigError(
-                    f"{path}: tensor {tensor.name} is quantised as {tensor.tensor_type.name}: "
-                    f"supported are {', '.join(_ENCODINGS)}"
-                )
+        stored = {tensor.name: self._check(tensor) for tensor in header.tensors}
         if _EMBEDDING not in stored:
             raise ConfigError(f"{path}: tensor {_EMBEDDING} is missing: take a GGUF file that holds a whole model")
         rope_freqs = stored.pop(_ROPE_FREQS, None)
         facts = GgufTensorFacts(
-            vocab_size=int(stored[_EMBEDDING].shape[-1]),
+            vocab_size=stored[_EMBEDDING].shape[0],
             has_output=_OUTPUT in stored,
             has_attention_bias="blk.0.attn_q.bias" in stored,
             has_mlp_bias="blk.0.ffn_gate.bias" in stored,
-            rope_freqs=() if rope_freqs is None else tuple(_values(rope_freqs).tolist()),
+            rope_freqs=() if rope_freqs is None else tuple(self._values(rope_freqs).tolist()),
         )
-        self._config = config_from_gguf(Fields(str(path), _scalars(reader)), facts, path.stem)
+        self._config = config_from_gguf(Fields(str(path), header.metadata), facts, path.stem)
         self._by_hf_name = {_hf_name(name): tensor for name, tensor in stored.items()}
-        self._tensors = {name: _stored_tensor(name, tensor, path) for name, tensor in self._by_hf_name.items()}
+        self._tensors = {
+            name: StoredTensor(name, tensor.shape, _encoding(tensor), _num_bytes(tensor), path)
+            for name, tensor in self._by_hf_name.items()
+        }
 
     @property
     def config(self) -> ModelConfig:
@@ -83,34 +91,53 @@ class GgufFile:
         return self._tensors
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        values = _values(self._by_hf_name[name])
+        values = self._values(self._by_hf_name[name])
         if ".self_attn.q_proj." in name:
             values = _unpermuted(values, self._config.num_heads)
         elif ".self_attn.k_proj." in name:
             values = _unpermuted(values, self._config.num_kv_heads)
         return values.to(dtype)
 
+    def _check(self, tensor: GgufTensor) -> GgufTensor:
+        """Raises ConfigError for a tensor that we cannot decode, or that the file does not hold whole."""
+        encoding = _encoding(tensor)
+        if encoding not in _ENCODINGS:
+            raise ConfigError(
+                f"{self._path}: tensor {tensor.name} is quantised as {encoding}: supported are {', '.join(_ENCODINGS)}"
+            )
+        per_block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[encoding]]
+        if not tensor.shape or tensor.shape[-1] % per_block or tensor.offset + _num_bytes(tensor) > self._bytes.size:
+            raise ConfigError(
+                f"{self._path}: damaged or cut short (tensor {tensor.name} reaches past the end): get the file anew"
+            )
+        return tensor
 
-def _open(path: Path) -> Any:
-    """The gguf library's reader. It maps the file, so sizes in a damaged header lead past the end and not to memory."""
+    def _values(self, tensor: GgufTensor) -> torch.Tensor:
+        """Dequantised, float32, in memory of their own."""
+        kind = GGMLQuantizationType(tensor.type_id)
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        values = np.empty(math.prod(tensor.shape), np.float32)
+        # Rows are whole blocks, so the shape does not matter; pieces of this size stay in the processor's cache.
+        for first in range(0, values.size, _PIECE_VALUES):
+            end = min(first + _PIECE_VALUES, values.size)
+            begin_bytes, end_bytes = (tensor.offset + place // per_block * block_bytes for place in (first, end))
+            piece = self._bytes[begin_bytes:end_bytes].view(_PLAIN.get(kind, np.uint8))
+            values[first:end] = dequantize(piece[np.newaxis], kind)[0]
+        return torch.from_numpy(values.reshape(tensor.shape))
+
+
+def _encoding(tensor: GgufTensor) -> str:
+    """ggml's name of how the values are stored, or its number where the library knows no name."""
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-        if not is_gguf:
-            raise ConfigError(f"{path}: not a GGUF file (it does not begin with GGUF): name the right file")
-        return GGUFReader(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ConfigError(f"{path}: damaged or cut short ({error}): get the file anew") from error
+        name: str = GGMLQuantizationType(tensor.type_id).name
+    except ValueError:
+        return f"type {tensor.type_id}"
+    return name
 
 
-def _scalars(reader: Any) -> dict[str, object]:
-    """The metadata but for arrays, which are the tokenizer's and large; a marker stands for each."""
-    return {
-        name: "an array" if field.types[0] == GGUFValueType.ARRAY else field.contents()
-        for name, field in reader.fields.items()
-    }
+def _num_bytes(tensor: GgufTensor) -> int:
+    per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
+    return math.prod(tensor.shape) // int(per_block) * int(block_bytes)
 
 
 def _hf_name(gguf_name: str) -> str:
@@ -122,19 +149,6 @@ def _hf_name(gguf_name: str) -> str:
     if match is None or match[2] not in _LAYER_NAMES:
         return gguf_name
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
-
-
-def _stored_tensor(name: str, tensor: Any, path: Path) -> StoredTensor:
-    # GGUF names dimensions innermost first.
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    return StoredTensor(name, shape, tensor.tensor_type.name, int(tensor.n_bytes), path)
-
-
-def _values(tensor: Any) -> torch.Tensor:
-    """Dequantised, float32, in memory of their own."""
-    values: Any = dequantize(tensor.data, tensor.tensor_type)
-    # Only F32 needs no decoding: those values are still the mapped file's, read-only.
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _unpermuted(values: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pdmesh.errors import ConfigError, InvalidRequestError
+from pdmesh.gguf_header import GgufValue, read_gguf_header
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import TokenBytes
-from router.text.gguf_metadata import GgufValue, read_gguf_metadata
 from router.text.gguf_tokenizer import build_gguf_tokenizer
 from router.text.model_files import ModelFiles, find_model_files
 
@@ -100,7 +100,7 @@ def _from_tokenizer_json(files: ModelFiles, path: Path) -> TextModel:
     # Both are settings of whoever trained it, saved along.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    metadata = read_gguf_metadata(files.gguf) if files.gguf is not None else {}
+    metadata = read_gguf_header(files.gguf).metadata if files.gguf is not None else {}
     special = {name: _token_text(files.tokenizer_config.get(name)) for name in _SPECIAL_NAMES}
     special_tokens = {name: text for name, text in special.items() if text}
     eos = [*_ids(files.generation_config, "eos_token_id"), *_ids(files.config, "eos_token_id")]
@@ -121,7 +121,7 @@ def _from_tokenizer_json(files: ModelFiles, path: Path) -> TextModel:
 
 
 def _from_gguf(name: str, path: Path) -> TextModel:
-    metadata = read_gguf_metadata(path)
+    metadata = read_gguf_header(path).metadata
     tokenizer = build_gguf_tokenizer(metadata, path)
     ids = {kind: metadata.get(f"tokenizer.ggml.{key}_token_id") for kind, key in _GGUF_SPECIAL.items()}
     texts = {kind: tokenizer.id_to_token(i) for kind, i in ids.items() if isinstance(i, int)}

@@ -264,7 +264,7 @@ def test_version_of_the_future(tiny_llama: Callable[[str], Path], tmp_path: Path
     path = Writer(tiny_llama("gqa")).write(tmp_path / "tiny.gguf")
     content = path.read_bytes()
     path.write_bytes(content[:4] + struct.pack("<I", 99) + content[8:])
-    assert refusal(path).startswith(f"{path}: damaged or cut short (")
+    assert refusal(path) == f"{path}: a GGUF file of version 99; known are 2 and 3: convert the model anew"
 
 
 def test_digest_changes_with_one_weight_byte(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:

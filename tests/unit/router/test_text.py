@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pdmesh.errors import ConfigError, InvalidRequestError
+from pdmesh.gguf_header import read_gguf_header
 from pdmesh.model_source import model_name
 from router.text.chat_template import ChatTemplate
 from router.text.detokenizer import Detokenizer, TokenBytes
-from router.text.gguf_metadata import read_gguf_metadata
 from router.text.model_files import find_model_files
 from router.text.tokenizer import load_text_model
 from tests.tiny_text import BOS_ID, END_ID, MERGES, SPECIAL, VOCAB_SIZE, make_text_model, tiny_tokenizer
@@ -221,7 +221,7 @@ def _value(value: Any) -> bytes:
 
 
 def test_metadata_are_read_back(tmp_path: Path) -> None:
-    metadata = read_gguf_metadata(gguf(tmp_path / "tiny.gguf"))
+    metadata = read_gguf_header(gguf(tmp_path / "tiny.gguf")).metadata
     assert metadata["tokenizer.ggml.eos_token_id"] == END_ID
     assert metadata["tokenizer.ggml.add_bos_token"] is False
     assert metadata["llama.rope.freq_base"] == 1e4
@@ -240,7 +240,7 @@ def test_no_prefix_and_no_flipped_byte_of_a_file_does_harm(tmp_path_factory: pyt
     path.write_bytes(content)
     # Nothing else is raised, and nothing large allocated.
     with contextlib.suppress(ConfigError):
-        read_gguf_metadata(path)
+        read_gguf_header(path)
 
 
 def test_gguf_tokenizes_like_the_tokenizer_it_was_made_of(tmp_path: Path) -> None:
