@@ -6,7 +6,7 @@ BIN := .venv/bin
 PROTOS := $(wildcard proto/pdmesh/v1/*.proto)
 PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto $(PROTOS)
 # Messages, services and the types of both, below the directory $(1).
-stubs_in = $(foreach plugin,python mypy grpc_python mypy_grpc,--$(plugin)_out=$(1))
+stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_out=quiet:,--$(out)$(1))
 # Tests run many small models: one thread each leaves the cores to the processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

@@ -1,15 +1,13 @@
 """What the operator of a local cluster says, checked before anything starts."""
 
 import os
-import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from pdmesh.model_source import is_hub_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,7 @@ class LocalConfig:
 
     def check_model(self) -> None:
         """Raises ConfigError where the model can be neither a path nor a Hub id."""
-        path = Path(self.model).expanduser()
-        if path.exists() or (_HUB_ID.fullmatch(self.model) and path.suffix != ".gguf"):
+        if Path(self.model).expanduser().exists() or is_hub_id(self.model):
             return
         raise ConfigError(
             f"{self.model}: no such file or directory: name a Hugging Face model directory, a .gguf file or a Hub id "
