@@ -40,7 +40,7 @@ from pdmesh.v1 import common_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-SOCKET_TIMEOUT_S = 0.5
+CONNECT_TIMEOUT_S = 0.5
 # Of one call of the directory, which may take a few round trips.
 CALL_TIMEOUT_S = 1.0
 HEALTH_CHECK_INTERVAL_S = 5
@@ -64,8 +64,10 @@ class RedisDirectory:
             # Any: redis-py types answers as bytes or str, sync or async at once; what matters is checked when parsed.
             self._redis: Any = Redis.from_url(
                 url,
-                socket_timeout=SOCKET_TIMEOUT_S,
-                socket_connect_timeout=SOCKET_TIMEOUT_S,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                # Each call is bounded as a whole, below. With a socket timeout redis-py sends under wait_for, which
+                # before Python 3.12 may swallow a cancellation: tasks that call this would then never stop.
+                socket_timeout=None,
                 health_check_interval=HEALTH_CHECK_INTERVAL_S,
                 # Callers come again by themselves, within a second.
                 retry=Retry(NoBackoff(), 0),
