@@ -1,10 +1,10 @@
 # Two images: `router`, without torch, and `worker`, for prefill and decode alike.
 #
-#   docker build --target router -t pdmesh-router .
-#   docker build --target worker -t pdmesh-worker .
+#   docker build -t pdmesh .
+#   docker build -t pdmesh-router --target router .
 #
-# By default the worker's torch is the package index's own, which brings CUDA on Linux. For CPUs alone, much smaller:
-#   --build-arg TORCH_PIP_OPTIONS='--index-url https://download.pytorch.org/whl/cpu'
+# The worker's torch is for CPUs; for CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# Wheels that the base image brings in /opt/wheels come first, so that it also builds where no index is in reach.
 # Plain steps only, so that every builder can build it.
 
 FROM python:3.11-slim-bookworm AS base
@@ -31,8 +31,9 @@ ENTRYPOINT ["python", "-m"]
 CMD ["router"]
 
 FROM base AS worker
-ARG TORCH_PIP_OPTIONS=
-RUN pip install $TORCH_PIP_OPTIONS torch==2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN if ls /opt/wheels/torch-2.13.0* >/dev/null 2>&1; then pip install --find-links /opt/wheels torch==2.13.0; \
+    else pip install --index-url "$TORCH_INDEX" torch==2.13.0; fi
 COPY pyproject.toml README.md LICENSE /tmp/project/
 RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
     && pip install '/tmp/project[engine]' && rm -rf /tmp/project
