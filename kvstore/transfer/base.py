@@ -18,7 +18,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """What one transfer moved. The duration runs, on its own side, from the opening to the last acknowledgement."""
+    """What one transfer moved.
+
+    The sender's duration runs from the opening to the last acknowledgement, the receiver's from the grant to the end.
+    """
 
     num_bytes: int
     num_parts: int

@@ -43,11 +43,9 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
         opening = await anext(requests, None)
         if opening is None or not opening.HasField("open"):
             raise TicketError("a push begins with its ticket", stage="transfer")
-        task = asyncio.current_task()
-        assert task is not None
         incoming = self._tickets.redeem(
             opening.open.ticket, opening.open.epoch, opening.open.request_id, opening.open.sender_incarnation,
-            _stopper(task),
+            _stopper_of_current_task(),
         )  # fmt: skip
         try:
             async for request in requests:
@@ -59,6 +57,11 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
             raise UnavailableError("the sender stopped before its last part", reason="SENDER_LOST", stage="transfer")
         except MeshError as error:
             incoming.fail(error)
+            raise
+        except asyncio.CancelledError:
+            # Revoked here, in which case the sender is told; or it has left.
+            if incoming.error is not None:
+                raise incoming.error from None
             raise
         finally:
             incoming.fail(UnavailableError("the sender was lost", reason="SENDER_LOST", stage="transfer"))
@@ -73,12 +76,12 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
         incoming.count_part()
 
 
-def _stopper(task: asyncio.Task[object]) -> Callable[[], None]:
-    """Ends a push whose ticket was revoked by somebody else than the push itself."""
+def _stopper_of_current_task() -> Callable[[], None]:
+    task = asyncio.current_task()
+    assert task is not None
 
     def stop() -> None:
-        if asyncio.current_task() is not task:
-            task.cancel()
+        task.cancel()
 
     return stop
 

@@ -9,6 +9,7 @@ from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats
 from kvstore.transfer.grpc_transport import GrpcReceiver
 from kvstore.transfer.tcp import TcpReceiver
 from kvstore.transfer.tickets import Incoming, TicketTable, TransferState
+from pdmesh.errors import PreconditionError, UnavailableError
 from pdmesh.server import GrpcServer
 from pdmesh.tasks import settled
 from pdmesh.v1 import kv_transfer_pb2_grpc
@@ -48,13 +49,23 @@ class ReceiverHub:
             await receiver.start()
 
     async def aclose(self) -> None:
+        """Ends every transfer, and the transports."""
+        self._tickets.revoke_all(
+            UnavailableError("the receiving worker stops", reason="RECEIVER_LOST", stage="transfer")
+        )
         for receiver in self._receivers.values():
             await receiver.aclose()
 
     def expect(
         self, request_id: str, epoch: int, sender_incarnation: str, block_ids: Sequence[int], transport: str
     ) -> "IncomingTransfer":
-        """Issues a ticket for `block_ids`. Raises KeyError for a transport that was not offered."""
+        """Issues a ticket for `block_ids`, all different. Raises PreconditionError for a transport not offered."""
+        if transport not in self._receivers:
+            raise PreconditionError(
+                f"transport {transport!r} was not offered: {', '.join(self.transports)}",
+                reason="NO_COMMON_TRANSPORT",
+                stage="transfer",
+            )
         address = self._receivers[transport].address
         return IncomingTransfer(
             self._tickets,

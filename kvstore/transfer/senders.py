@@ -48,4 +48,5 @@ class KVSenders:
         return GrpcSender(self._memory, grant, request_id, self._incarnation, channel)
 
     async def aclose(self) -> None:
-        self._tcp_pool.close()
+        """Closes pooled connections and ends the threads; every sender is to be closed before."""
+        await self._tcp_pool.aclose()

@@ -3,7 +3,7 @@
     sender -> receiver   OPEN    body: PushOpen, serialized
                          PART    first, count: blocks by their place in the ticket; body: their bytes, block by block
                          FINISH  count: parts sent; num_bytes: of all parts (no body)
-    receiver -> sender   ACK     as FINISH: all verified (no body)
+    receiver -> sender   ACK     count and num_bytes: of the parts so far, all verified (no body); after OPEN and FINISH
                          NACK    body: class name of the error, its reason, its message, by newlines
 
 All integers are little-endian. A header is checked before its body is read: nothing is allocated for a size that a peer

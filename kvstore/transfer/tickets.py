@@ -48,6 +48,7 @@ class Incoming:
         block_bytes: int,
         on_end: Callable[[], None],
     ) -> None:
+        assert len(set(block_ids)) == len(block_ids), "a block can be written under one place of a ticket only"
         self.ticket = secrets.token_bytes(TICKET_BYTES)
         self.request_id = request_id
         self.epoch = epoch
@@ -61,7 +62,7 @@ class Incoming:
         self._on_end = on_end
         # Per block: begins and ends of the ranges claimed, sorted and disjoint.
         self._claims: list[list[int]] = [[] for _ in self.block_ids]
-        self._stop_writer: Callable[[], None] | None = None
+        self._stop_writer: Callable[[], None] = _nothing
         self._num_writing = 0
         self._changed = threading.Condition()
 
@@ -139,24 +140,31 @@ class Incoming:
                     stage="transfer",
                 )
             self._state = TransferState.DONE
-            self._stop_writer = None
+            self._stop_writer = _nothing
         self._on_end()
 
     def fail(self, error: MeshError) -> None:
-        """Ends the transfer, unless it has ended."""
-        with self._changed:
-            if self._state in (TransferState.DONE, TransferState.FAILED):
-                return
-            self._state = TransferState.FAILED
-            self.error = error
-            stop_writer, self._stop_writer = self._stop_writer, None
+        """The writer gives up; nothing happens if the transfer has ended."""
+        if self._end(error) is not None:
+            self._on_end()
+
+    def revoke(self, error: MeshError | None = None) -> None:
+        """The receiver wants no more: the writer is stopped; nothing happens if the transfer has ended."""
+        aborted = UnavailableError("the receiver gave the transfer up", reason="TRANSFER_ABORTED", stage="transfer")
+        stop_writer = self._end(error or aborted)
         if stop_writer is not None:
             stop_writer()
-        self._on_end()
+            self._on_end()
 
-    def revoke(self) -> None:
-        """The receiver wants no more."""
-        self.fail(UnavailableError("the receiver gave the transfer up", reason="TRANSFER_ABORTED", stage="transfer"))
+    def _end(self, error: MeshError) -> Callable[[], None] | None:
+        """What stops the writer; None if the transfer had ended before."""
+        with self._changed:
+            if self._state in (TransferState.DONE, TransferState.FAILED):
+                return None
+            self._state = TransferState.FAILED
+            self.error = error
+            stop_writer, self._stop_writer = self._stop_writer, _nothing
+            return stop_writer
 
     @property
     def quiet(self) -> bool:
@@ -182,8 +190,15 @@ class Incoming:
                 assert self.num_bytes == self.total_bytes
 
 
+def _nothing() -> None:
+    """Stops a writer that is not there."""
+
+
 class TicketTable:
-    """The tickets of one receiving process. A ticket lives from `issue` to `drop`."""
+    """The tickets of one receiving process. A ticket lives from `issue` to `drop`.
+
+    They are found by Python's keyed hash of all their bytes: how long a wrong guess takes says nothing of a right one.
+    """
 
     def __init__(self) -> None:
         self._incoming: dict[bytes, Incoming] = {}
@@ -200,6 +215,21 @@ class TicketTable:
         """Forgets a ticket; idempotent."""
         with self._lock:
             self._incoming.pop(incoming.ticket, None)
+
+    def revoke_all(self, error: MeshError) -> None:
+        """Ends every transfer that has not ended; whoever expected them still drops the tickets."""
+        with self._lock:
+            open_now = list(self._incoming.values())
+        for incoming in open_now:
+            incoming.revoke(error)
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError where the books do not add up; callable at any time."""
+        with self._lock:
+            for ticket, incoming in self._incoming.items():
+                assert ticket == incoming.ticket
+                assert len(ticket) == TICKET_BYTES
+                incoming.check_invariants()
 
     def redeem(
         self, ticket: bytes, epoch: int, request_id: str, sender_incarnation: str, stop_writer: Callable[[], None]

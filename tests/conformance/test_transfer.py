@@ -1,0 +1,476 @@
+"""What every transport promises: the right bytes in the right blocks, or an error on both sides and nothing written."""
+
+import asyncio
+import random
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from kvstore.transfer import tcp_connection
+from kvstore.transfer.base import KVSender, crc32c
+from kvstore.transfer.senders import TRANSPORTS, choose_transport
+from kvstore.transfer.tcp_wire import Frame, FrameType
+from pdmesh.errors import CorruptionError, MeshError, PreconditionError, TicketError, UnavailableError
+from pdmesh.v1 import kv_transfer_pb2 as pb
+from pdmesh.v1 import kv_transfer_pb2_grpc
+from tests.fault_proxy import FaultProxy
+from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, Endpoints, endpoints
+
+# How long a test waits for what must happen at once; it fails only by never happening.
+PATIENCE_S = 8.0
+KIB, MIB = 1024, 1024 * 1024
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def send_all(sender: KVSender, num_blocks: int) -> None:
+    """A whole transfer of the source's first blocks."""
+    await send_pieces(sender, [(0, range(num_blocks))])
+
+
+async def send_pieces(sender: KVSender, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
+    """A whole transfer, of blocks by their first index."""
+    async with aclosing(sender):
+        await sender.open()
+        for first_index, block_ids in pieces:
+            await sender.send(first_index, block_ids)
+        await sender.finish()
+
+
+# What goes well.
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 * KIB, 256 * KIB + 17, 3 * MIB])
+async def test_bytes_arrive_whatever_the_order(transport: str, block_bytes: int) -> None:
+    num_blocks = 12
+    draw = random.Random(block_bytes)
+    async with endpoints(transport, num_blocks, block_bytes) as ends:
+        for _ in range(4):
+            count = draw.randrange(1, num_blocks)
+            source_ids, target_ids = (draw.sample(range(num_blocks), count) for _ in range(2))
+            untouched = [block_id for block_id in range(num_blocks) if block_id not in target_ids]
+            ends.target.fill(range(num_blocks), 0xEE)
+            cuts = sorted(draw.sample(range(1, count), draw.randrange(count)))
+            pieces = list(zip([0, *cuts], [*cuts, count], strict=True))
+            draw.shuffle(pieces)
+            incoming = ends.expect(target_ids)
+            async with aclosing(incoming), aclosing(ends.sender(incoming.grant)) as sender:
+                await sender.open()
+                for start, end in pieces:
+                    await sender.send(start, source_ids[start:end])
+                sent = await sender.finish()
+                received = await incoming.wait()
+            assert sent.num_bytes == received.num_bytes == count * block_bytes
+            assert sent.num_parts == received.num_parts > 0
+            assert ends.target.read(target_ids) == ends.source.read(source_ids)
+            assert ends.target.read(untouched) == b"\xee" * (len(untouched) * block_bytes)
+
+
+async def test_many_small_blocks_travel_in_few_parts() -> None:
+    async with endpoints("tcp", 3000, 64) as ends, aclosing(ends.expect(range(3000))) as incoming:
+        await send_all(ends.sender(incoming.grant), 3000)
+        stats = await incoming.wait()
+        assert stats.num_parts < 5
+        assert ends.target.content == ends.source.content
+
+
+async def test_nothing_to_send_is_a_transfer_too(transport: str) -> None:
+    async with endpoints(transport, 1, 64) as ends, aclosing(ends.expect([])) as incoming:
+        await send_all(ends.sender(incoming.grant), 0)
+        assert (await incoming.wait()).num_bytes == 0
+
+
+async def test_many_transfers_at_once_over_one_pool(transport: str) -> None:
+    num_transfers, blocks_each = 40, 5
+    async with endpoints(transport, num_transfers * blocks_each, 40 * KIB) as ends:
+
+        async def transfer(number: int) -> None:
+            block_ids = range(number * blocks_each, (number + 1) * blocks_each)
+            request_id = f"request-{number}"
+            async with aclosing(ends.expect(block_ids, request_id)) as incoming:
+                async with aclosing(ends.sender(incoming.grant, request_id=request_id)) as sender:
+                    await sender.open()
+                    for index, block_id in enumerate(block_ids):
+                        await sender.send(index, [block_id])
+                        await asyncio.sleep(0)
+                    await sender.finish()
+                await incoming.wait()
+
+        for _ in range(2):
+            ends.target.fill(range(num_transfers * blocks_each), 0)
+            await asyncio.gather(*map(transfer, range(num_transfers)))
+            assert ends.target.content == ends.source.content
+
+
+async def test_a_connection_carries_one_transfer_after_the_other() -> None:
+    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(await _tcp_address(ends)) as proxy:
+        for _ in range(5):
+            async with aclosing(ends.expect(range(4))) as incoming:
+                await send_all(ends.sender(incoming.grant, via=proxy.address), 4)
+                await incoming.wait()
+        assert proxy.num_connections == 1
+
+
+async def test_an_idle_connection_that_died_is_replaced_unnoticed() -> None:
+    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(await _tcp_address(ends)) as proxy:
+        for number in range(3):
+            async with aclosing(ends.expect(range(4))) as incoming:
+                await send_all(ends.sender(incoming.grant, via=proxy.address), 4)
+                await incoming.wait()
+            # Nothing tells the sender before it writes.
+            proxy.reset_next = number < 2
+        assert (proxy.num_faults, proxy.num_connections) == (2, 3)
+
+
+async def _tcp_address(ends: Endpoints) -> str:
+    async with aclosing(ends.expect([])) as incoming:
+        return incoming.grant.address
+
+
+async def test_a_pause_between_parts_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_connection, "SILENCE_TIMEOUT_S", 0.1)
+    async with endpoints("tcp", 2, KIB) as ends, aclosing(ends.expect(range(2))) as incoming:
+        async with aclosing(ends.sender(incoming.grant)) as sender:
+            await sender.open()
+            await sender.send(0, [0])
+            # The prefill worker computes its next chunk, for longer than a peer may be silent within a part.
+            await asyncio.sleep(0.4)
+            await sender.send(1, [1])
+            await sender.finish()
+        await incoming.wait()
+        assert ends.target.content == ends.source.content
+
+
+# Who may write what.
+
+
+async def test_a_ticket_opens_for_its_own_sender_alone_and_once(transport: str) -> None:
+    async with endpoints(transport, 2, KIB) as ends, aclosing(ends.expect([0])) as incoming:
+        grant = incoming.grant
+        strangers = {
+            "TICKET_UNKNOWN": ends.sender(replace(grant, ticket=bytes(16))),
+            "TICKET_EPOCH": ends.sender(replace(grant, epoch=EPOCH - 1)),
+            "TICKET_SENDER": ends.sender(grant, request_id="another request"),
+        }
+        for reason, stranger in strangers.items():
+            with pytest.raises(TicketError) as refused:
+                await send_all(stranger, 1)
+            assert refused.value.reason == reason
+        assert not any(ends.target.content)
+        # What others tried does not use the ticket up.
+        await send_all(ends.sender(grant), 1)
+        await incoming.wait()
+        with pytest.raises(TicketError) as refused:
+            await send_all(ends.sender(grant), 1)
+        assert refused.value.reason == "TICKET_USED"
+        assert ends.target.read([0]) == ends.source.read([0])
+
+
+async def test_a_past_incarnation_is_refused(transport: str) -> None:
+    async with endpoints(transport, 1, KIB) as ends:
+        expected = ends.hub.expect(REQUEST_ID, EPOCH, "sender-2", [0], transport)
+        async with aclosing(expected) as incoming:
+            with pytest.raises(TicketError) as refused:
+                await send_all(ends.sender(incoming.grant), 1)
+            assert refused.value.reason == "TICKET_SENDER"
+            assert not any(ends.target.content)
+
+
+async def test_a_closed_transfer_s_ticket_is_worth_nothing(transport: str) -> None:
+    async with endpoints(transport, 1, KIB) as ends:
+        incoming = ends.expect([0])
+        await incoming.aclose()
+        with pytest.raises(TicketError) as refused:
+            await send_all(ends.sender(incoming.grant), 1)
+        assert refused.value.reason == "TICKET_UNKNOWN"
+        assert not any(ends.target.content)
+
+
+async def test_a_transport_that_was_not_offered_is_refused(transport: str) -> None:
+    async with endpoints(transport, 1, KIB) as ends:
+        with pytest.raises(PreconditionError):
+            ends.hub.expect(REQUEST_ID, EPOCH, INCARNATION, [0], "pigeon")
+
+
+def test_the_receiver_s_best_transport_is_chosen() -> None:
+    assert choose_transport(["grpc", "tcp"], ["tcp", "grpc"]) == "grpc"
+    assert choose_transport(["nixl", "tcp"]) == "tcp"
+    with pytest.raises(PreconditionError, match="nixl"):
+        choose_transport(["nixl"])
+
+
+# What arrives wrong.
+
+
+@pytest.mark.parametrize(
+    ("sends", "reason"),
+    [
+        ([(0, [0, 1]), (1, [1])], "KV_DUPLICATED"),
+        ([(0, [0, 0, 0, 0, 0])], "KV_OUT_OF_RANGE"),
+        ([(4, [0])], "KV_OUT_OF_RANGE"),
+        ([(2**32 - 1, [0])], "KV_OUT_OF_RANGE"),
+        ([(0, [0, 1, 2])], "KV_INCOMPLETE"),
+        ([], "KV_INCOMPLETE"),
+    ],
+)
+async def test_what_the_ticket_does_not_cover_exactly_fails_both_sides(
+    transport: str, sends: list[tuple[int, list[int]]], reason: str
+) -> None:
+    async with endpoints(transport, 8, KIB) as ends, aclosing(ends.expect([4, 5, 6, 7])) as incoming:
+        with pytest.raises(CorruptionError) as sender_told:
+            await send_pieces(ends.sender(incoming.grant), sends)
+        with pytest.raises(CorruptionError) as receiver_told:
+            await incoming.wait()
+        assert (sender_told.value.reason, receiver_told.value.reason) == (reason, reason)
+        assert not any(ends.target.read([0, 1, 2, 3]))
+
+
+async def test_a_bit_flipped_on_the_way_fails_both_sides(transport: str) -> None:
+    async with (
+        endpoints(transport, 8, 256 * KIB) as ends,
+        aclosing(ends.expect(range(8))) as incoming,
+        FaultProxy(incoming.grant.address) as proxy,
+    ):
+        proxy.flip_at = 1_000_000
+        with pytest.raises(CorruptionError) as sender_told:
+            await send_all(ends.sender(incoming.grant, via=proxy.address), 8)
+        with pytest.raises(CorruptionError) as receiver_told:
+            await incoming.wait()
+        assert sender_told.value.reason == receiver_told.value.reason == "KV_CORRUPTED"
+        assert proxy.num_faults == 1
+
+
+async def test_a_refused_sender_is_told_before_it_has_sent_everything(transport: str) -> None:
+    async with (
+        endpoints(transport, 64, MIB) as ends,
+        aclosing(ends.expect([0])) as incoming,
+        FaultProxy(incoming.grant.address) as proxy,
+    ):
+        with pytest.raises(CorruptionError) as told:
+            await send_all(ends.sender(incoming.grant, via=proxy.address), 64)
+        assert told.value.reason == "KV_OUT_OF_RANGE"
+        assert proxy.num_bytes < 48 * MIB
+
+
+async def test_parts_overlapping_within_a_block_are_refused() -> None:
+    async with endpoints("grpc", 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
+
+        async def parts() -> AsyncIterator[pb.PushRequest]:
+            yield pb.PushRequest(
+                open=pb.PushOpen(
+                    ticket=incoming.grant.ticket, epoch=EPOCH, request_id=REQUEST_ID, sender_incarnation=INCARNATION
+                )
+            )
+            for offset in (0, 600, 512):
+                payload = ends.source.read([0])[offset : offset + 512]
+                yield pb.PushRequest(part=pb.KVPart(offset_bytes=offset, crc32c=crc32c([payload]), payload=payload))
+
+        async with grpc.aio.insecure_channel(incoming.grant.address) as channel:
+            call = kv_transfer_pb2_grpc.KVTransferStub(channel).Push(parts())
+            with pytest.raises(grpc.aio.AioRpcError) as told:
+                await call
+            assert told.value.code() is grpc.StatusCode.DATA_LOSS
+        with pytest.raises(CorruptionError, match="twice"):
+            await incoming.wait()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 20, 24, 30, 200])
+async def test_noise_does_not_harm_the_receiver(num_bytes: int) -> None:
+    async with endpoints("tcp", 1, KIB) as ends:
+        host, _, port = (await _tcp_address(ends)).rpartition(":")
+        draw = random.Random(num_bytes)
+        openings = (
+            b"",
+            Frame(FrameType.OPEN, num_bytes=2**40).pack(),
+            Frame(FrameType.OPEN, num_bytes=num_bytes).pack(),
+            Frame(FrameType.PART, count=1, num_bytes=KIB).pack(),
+            Frame(FrameType.FINISH).pack(),
+        )
+        for opening in openings:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(opening + draw.randbytes(num_bytes))
+            writer.write_eof()
+            async with asyncio.timeout(PATIENCE_S):
+                await reader.read()
+            writer.close()
+        async with aclosing(ends.expect([0])) as incoming:
+            await send_all(ends.sender(incoming.grant), 1)
+            await incoming.wait()
+
+
+# Who is lost, and who gives up.
+
+
+async def test_a_cut_connection_fails_both_sides(transport: str) -> None:
+    async with (
+        endpoints(transport, 8, 256 * KIB) as ends,
+        aclosing(ends.expect(range(8))) as incoming,
+        FaultProxy(incoming.grant.address) as proxy,
+    ):
+        proxy.cut_at = 1_000_000
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await send_all(ends.sender(incoming.grant, via=proxy.address), 8)
+            with pytest.raises(UnavailableError):
+                await incoming.wait()
+        assert proxy.num_faults == 1
+
+
+async def test_no_write_lands_after_the_receiver_gave_up(transport: str) -> None:
+    async with endpoints(transport, 32, MIB) as ends:
+        incoming = ends.expect(range(32))
+        async with FaultProxy(incoming.grant.address) as proxy:
+            proxy.stall_at = 5 * MIB + 12345
+            sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 32))
+            async with asyncio.timeout(PATIENCE_S):
+                await proxy.stalled.wait()
+                while not any(ends.target.view(3)):
+                    await asyncio.sleep(0.01)
+                await incoming.aclose()
+            # The blocks are somebody else's from here on. More of the old bytes come, and must not land.
+            ends.target.fill(range(32), 0xAB)
+            passed_before = proxy.num_bytes
+            proxy.resume()
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(MeshError):
+                    await sending
+                with pytest.raises(UnavailableError):
+                    await incoming.wait()
+            assert proxy.num_faults == 1
+            assert proxy.num_bytes > passed_before, "nothing came late: the test tested nothing"
+        await ends.stop_receiving()
+        assert ends.target.content == b"\xab" * len(ends.target.content)
+
+
+async def test_giving_up_again_and_again_keeps_blocks_clean(transport: str) -> None:
+    """Aborts at every moment: whatever was under way, blocks written by a new owner stay as they are."""
+    async with endpoints(transport, 16, 512 * KIB) as ends:
+        for step in range(12):
+            incoming = ends.expect(range(16))
+            sending = asyncio.create_task(send_all(ends.sender(incoming.grant), 16))
+            for _ in range(step * 3):
+                await asyncio.sleep(0.0005)
+            await incoming.aclose()
+            ends.target.fill(range(16), step)
+            await asyncio.gather(sending, return_exceptions=True)
+            assert ends.target.content == bytes([step]) * len(ends.target.content)
+        assert ends.hub.num_open_tickets == 0
+
+
+async def test_a_sender_that_is_cancelled_leaves_at_once_and_the_receiver_knows(transport: str) -> None:
+    async with endpoints(transport, 32, MIB) as ends, aclosing(ends.expect(range(32))) as incoming:
+        async with FaultProxy(incoming.grant.address) as proxy:
+            proxy.stall_at = 3 * MIB
+            sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 32))
+            async with asyncio.timeout(PATIENCE_S):
+                await proxy.stalled.wait()
+                sending.cancel()
+                await asyncio.wait([sending])
+            assert sending.cancelled()
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await incoming.wait()
+
+
+async def test_a_sender_that_closes_unfinished_aborts(transport: str) -> None:
+    async with endpoints(transport, 2, KIB) as ends, aclosing(ends.expect(range(2))) as incoming:
+        sender = ends.sender(incoming.grant)
+        await sender.open()
+        await sender.send(0, [0, 1])
+        await sender.aclose()
+        await sender.aclose()
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await incoming.wait()
+
+
+async def test_a_killed_sender_is_noticed(transport: str) -> None:
+    async with endpoints(transport, 4, KIB) as ends, aclosing(ends.expect(range(4))) as incoming:
+        grant = incoming.grant
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.kv_endpoints", transport, grant.address, grant.ticket.hex(), "4", str(KIB),
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        async with asyncio.timeout(30.0):
+            assert await process.stdout.readline() == b"sent\n"
+        waiting = asyncio.create_task(incoming.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        process.kill()
+        await process.wait()
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await waiting
+
+
+async def test_a_receiver_that_stops_ends_its_senders(transport: str) -> None:
+    async with endpoints(transport, 32, MIB) as ends:
+        incoming, unused = ends.expect(range(16)), ends.expect(range(16, 32))
+        async with FaultProxy(incoming.grant.address) as proxy:
+            proxy.stall_at = 3 * MIB
+            sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 16))
+            async with asyncio.timeout(PATIENCE_S):
+                await proxy.stalled.wait()
+                await ends.stop_receiving()
+                for transfer in (incoming, unused):
+                    with pytest.raises(UnavailableError):
+                        await transfer.wait()
+                    await transfer.aclose()
+                proxy.resume()
+                with pytest.raises(MeshError):
+                    await sending
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("kv-from", "kv-accept"))]
+
+
+async def test_a_receiver_that_is_not_there(transport: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    async with endpoints(transport, 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await send_all(ends.sender(incoming.grant, via=address), 1)
+
+
+async def test_connecting_to_silence_can_be_cancelled_at_once() -> None:
+    # A listener whose queue is full: the kernel answers nobody.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        with socket.create_connection(address):
+            async with endpoints("tcp", 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
+                opening = asyncio.create_task(
+                    send_all(ends.sender(incoming.grant, via=f"{address[0]}:{address[1]}"), 1)
+                )
+                await asyncio.wait([opening], timeout=0.2)
+                assert not opening.done(), "it got through: the test tested nothing"
+                opening.cancel()
+                async with asyncio.timeout(1.0):
+                    await asyncio.wait([opening])
+                assert opening.cancelled()
+
+
+async def test_silence_within_a_part_is_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_connection, "SILENCE_TIMEOUT_S", 0.2)
+    async with (
+        endpoints("tcp", 8, MIB) as ends,
+        aclosing(ends.expect(range(8))) as incoming,
+        FaultProxy(incoming.grant.address) as proxy,
+    ):
+        proxy.stall_at = MIB + 1000
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(UnavailableError):
+                await send_all(ends.sender(incoming.grant, via=proxy.address), 8)
+            with pytest.raises(UnavailableError):
+                await incoming.wait()
+        assert proxy.num_faults == 1

@@ -1,0 +1,110 @@
+"""Both ends of KV transfers for tests: memory of plain bytes, a receiver, a sender; run as a program, a sender to kill.
+
+    python -m tests.kv_endpoints TRANSPORT ADDRESS TICKET_HEX NUM_BLOCKS BLOCK_BYTES
+
+sends all blocks but the last, prints "sent", and waits for its end.
+"""
+
+import asyncio
+import random
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from kvstore.transfer.base import Grant, KVSender
+from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
+from kvstore.transfer.senders import KVSenders
+from pdmesh.channels import ChannelPool
+from pdmesh.server import GrpcServer
+
+REQUEST_ID = "request"
+EPOCH = 3
+INCARNATION = "sender-1"
+
+
+class BytesMemory:
+    """Block memory without an engine."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, seed: int | None = None) -> None:
+        size = num_blocks * block_bytes
+        self.block_bytes = block_bytes
+        self.content = bytearray(size) if seed is None else bytearray(random.Random(seed).randbytes(size))
+
+    def view(self, block_id: int) -> memoryview:
+        return memoryview(self.content)[block_id * self.block_bytes :][: self.block_bytes]
+
+    def read(self, block_ids: Sequence[int]) -> bytes:
+        return b"".join(bytes(self.view(block_id)) for block_id in block_ids)
+
+    def fill(self, block_ids: Sequence[int], value: int) -> None:
+        for block_id in block_ids:
+            self.view(block_id)[:] = bytes([value]) * self.block_bytes
+
+    def to_host(self, block_ids: Sequence[int]) -> None:
+        """Nothing to do: these are the host's bytes."""
+
+    def to_device(self, block_ids: Sequence[int]) -> None:
+        """Nothing to do: these are the host's bytes."""
+
+
+@dataclass(eq=False)
+class Endpoints:
+    """A receiving worker's transfer service, and a sending one's, on one transport."""
+
+    transport: str
+    source: BytesMemory
+    target: BytesMemory
+    hub: ReceiverHub
+    server: GrpcServer
+    senders: KVSenders
+
+    def expect(self, block_ids: Sequence[int], request_id: str = REQUEST_ID) -> IncomingTransfer:
+        return self.hub.expect(request_id, EPOCH, INCARNATION, block_ids, self.transport)
+
+    def sender(self, grant: Grant, via: str | None = None, request_id: str = REQUEST_ID) -> KVSender:
+        """A sender for `grant`, through a proxy's address if given."""
+        return self.senders.sender(grant if via is None else replace(grant, address=via), request_id)
+
+    async def stop_receiving(self) -> None:
+        await self.hub.aclose()
+        await self.server.stop()
+
+
+@asynccontextmanager
+async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncIterator[Endpoints]:
+    """Both ends, started; afterwards nothing is left of them, no ticket and no thread."""
+    source, target = BytesMemory(num_blocks, block_bytes, seed=1), BytesMemory(num_blocks, block_bytes)
+    server = GrpcServer("127.0.0.1", 0)
+    hub = ReceiverHub(target, [transport], server, "127.0.0.1", "127.0.0.1")
+    channels = ChannelPool()
+    senders = KVSenders(source, INCARNATION, channels.get)
+    ends = Endpoints(transport, source, target, hub, server, senders)
+    try:
+        await server.start()
+        await hub.start()
+        yield ends
+    finally:
+        await senders.aclose()
+        await channels.aclose()
+        await ends.stop_receiving()
+    assert hub.num_open_tickets == 0
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
+    assert not left, f"threads left: {left}"
+
+
+async def _send_all_but_the_last(grant: Grant, num_blocks: int, block_bytes: int) -> None:
+    channels = ChannelPool()
+    senders = KVSenders(BytesMemory(num_blocks, block_bytes, seed=1), INCARNATION, channels.get)
+    sender = senders.sender(grant, REQUEST_ID)
+    await sender.open()
+    await sender.send(0, range(num_blocks - 1))
+    print("sent", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    _, transport_, address_, ticket_, num_blocks_, block_bytes_ = sys.argv
+    grant_ = Grant(bytes.fromhex(ticket_), EPOCH, transport_, address_)
+    asyncio.run(_send_all_but_the_last(grant_, int(num_blocks_), int(block_bytes_)))
