@@ -50,6 +50,14 @@ class FirstToken:
     prompt_logprobs: tuple[TokenLogprob, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A prefill worker that failed a request; `unreachable` where nobody is there."""
+
+    target: PrefillTarget
+    unreachable: bool
+
+
 @dataclass(slots=True)
 class Report:
     """How a prompt's KV came here; filled in as it is learned. Durations in seconds."""
@@ -61,7 +69,7 @@ class Report:
     queue_s: float = 0.0
     compute_s: float = 0.0
     transfer_s: float = 0.0
-    retries: int = field(default=0)
+    failures: list[Failure] = field(default_factory=list)
 
 
 class Handoff:

@@ -99,5 +99,12 @@ def _report_to_pb(report: Report) -> pb.PrefillReport:
         queue_s=report.queue_s,
         compute_s=report.compute_s,
         transfer_s=report.transfer_s,
-        retries=report.retries,
+        failures=[
+            pb.PrefillFailure(
+                worker_id=failure.target.worker_id,
+                incarnation=failure.target.incarnation,
+                unreachable=failure.unreachable,
+            )
+            for failure in report.failures
+        ],
     )

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from decode.handoff import FirstToken, Handoff, PrefillTarget, Report
+from decode.handoff import Failure, FirstToken, Handoff, PrefillTarget, Report
 from engine.api import Engine, EngineRequest, ImportedPrompt, OutputStream, TokenOutput
 from engine.request import check_stop
-from pdmesh.errors import DeadlineError, InvalidRequestError, MeshError
+from pdmesh.errors import DeadlineError, InvalidRequestError, MeshError, UnavailableError
 from pdmesh.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class DecodeWorker:
         first = _FirstTokenOnce(completion, index, self._engine.model.max_model_len, report, emit)
         imported = await self._fetch(request, completion, first, report) if request.targets else None
         if report.worker_id and not first.finished:
-            emit(report if imported is not None else Report(retries=report.retries))
+            emit(report if imported is not None else Report(failures=report.failures))
         if first.finished:
             prompt_is_here.set()
         elif imported is not None:
@@ -159,7 +159,8 @@ class DecodeWorker:
                 except (InvalidRequestError, DeadlineError):
                     raise
                 except MeshError as error:
-                    report.retries += 1
+                    unreachable = isinstance(error, UnavailableError) and error.reason == UnavailableError.reason
+                    report.failures.append(Failure(target, unreachable))
                     log.warning(
                         "prefill on %s failed: %s", target.worker_id, error.message,
                         extra={"request_id": request.request_id, "reason": error.reason},

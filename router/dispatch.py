@@ -86,7 +86,7 @@ class Dispatcher:
         Args:
             time_remaining: Seconds until the client's deadline; None without one.
         """
-        run = _Run(request, self._token_bytes)
+        run = _Run(request, self._token_bytes, self._registry.mark_lost)
         refused: dict[str, MeshError] = {}
         while True:
             assignment = self._assign(request, run.num_delivered, refused)
@@ -176,7 +176,9 @@ class Dispatcher:
 class _Run:
     """What the client has of a request, over all attempts."""
 
-    def __init__(self, request: AdmittedRequest, token_bytes: TokenBytes) -> None:
+    def __init__(
+        self, request: AdmittedRequest, token_bytes: TokenBytes, mark_lost: Callable[[str, str, str], None]
+    ) -> None:
         params = request.params
         stops = StopStrings(params.stop) if params.stop else None
         num_prompt = len(request.prompt_token_ids)
@@ -186,6 +188,7 @@ class _Run:
         self.num_delivered = 0
         self._request = request
         self._report = inference_pb2.RequestReport()
+        self._mark_lost = mark_lost
 
     @property
     def finished(self) -> bool:
@@ -282,7 +285,10 @@ class _Run:
         report.prefill_queue_s = prefill.queue_s
         report.prefill_s = prefill.compute_s
         report.transfer_s = prefill.transfer_s
-        report.prefill_retries = prefill.retries
+        report.prefill_retries = len(prefill.failures)
+        for failure in prefill.failures:
+            if failure.unreachable:
+                self._mark_lost(failure.worker_id, failure.incarnation, "a decode worker could not reach it")
 
 
 def _started(request: AdmittedRequest) -> inference_pb2.GenerateResponse:

@@ -232,14 +232,17 @@ class PrefillReport(_message.Message):
     QUEUE_S_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     TRANSFER_S_FIELD_NUMBER: _builtins.int
-    RETRIES_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     transport: _builtins.str
     kv_bytes: _builtins.int
     queue_s: _builtins.float
     compute_s: _builtins.float
     transfer_s: _builtins.float
-    retries: _builtins.int
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillFailure]:
+        """Prefill workers that failed this request before."""
+
     def __init__(
         self,
         *,
@@ -249,12 +252,38 @@ class PrefillReport(_message.Message):
         queue_s: _builtins.float = ...,
         compute_s: _builtins.float = ...,
         transfer_s: _builtins.float = ...,
-        retries: _builtins.int = ...,
+        failures: _abc.Iterable[Global___PrefillFailure] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "kv_bytes", b"kv_bytes", "queue_s", b"queue_s", "retries", b"retries", "transfer_s", b"transfer_s", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "failures", b"failures", "kv_bytes", b"kv_bytes", "queue_s", b"queue_s", "transfer_s", b"transfer_s", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillReport: _TypeAlias = PrefillReport  # noqa: Y015
+
+@_typing.final
+class PrefillFailure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.str
+    unreachable: _builtins.bool
+    """Nobody can be reached there: no use sending it more."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        unreachable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "unreachable", b"unreachable", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillFailure: _TypeAlias = PrefillFailure  # noqa: Y015

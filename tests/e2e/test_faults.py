@@ -82,6 +82,9 @@ async def test_a_prefill_worker_is_killed(tiny_model: Path, tmp_path: Path) -> N
             assert "prefill-0" in before, "it has work"
             await kill(mesh.prefills[0])
             traffic.results.clear()
+            await traffic.until_answered(30)
+            # The directory forgets it after five seconds; the router was told by the first request that it failed.
+            assert sum(result.report.prefill_retries for result in traffic.results) <= 2 * traffic.num_clients
         assert "prefill-1" in {result.report.prefill_worker_id for result in traffic.results}
         await mesh.assert_idle()
 
@@ -114,7 +117,6 @@ async def test_a_decode_worker_is_killed(tiny_model: Path, tmp_path: Path) -> No
         traffic = Traffic(mesh, num_clients=16, num_tokens=200)
         await traffic.learn()
         async with traffic.flowing():
-            assert {result.report.decode_worker_id for result in traffic.results} == {"decode-0", "decode-1"}
 
             async def generating() -> bool:
                 return (await mesh.status("decode-0")).num_requests >= 4

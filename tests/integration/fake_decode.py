@@ -199,7 +199,8 @@ class _Servicer(decode_pb2_grpc.DecodeServicer):
         fake.num_running += 1
         fake.started.set()
         try:
-            report = decode_pb2.PrefillReport(worker_id="prefill-9", transport="tcp", kv_bytes=4096, retries=1)
+            lost = decode_pb2.PrefillFailure(worker_id="prefill-8", incarnation="x", unreachable=True)
+            report = decode_pb2.PrefillReport(worker_id="prefill-9", transport="tcp", kv_bytes=4096, failures=[lost])
             yield decode_pb2.DecodeGenerateResponse(prefill=report)
             async for message in fake.outputs(request):
                 yield message
