@@ -58,7 +58,7 @@ class Mesh:
         self.decodes: list[DecodeService] = []
 
     async def __aenter__(self) -> Self:
-        self._threads_before = threading.active_count()
+        self._tasks_before = asyncio.all_tasks()
         await asyncio.gather(
             *(self.add_decode() for _ in range(self.num_decode)), *(self.add_prefill() for _ in range(self.num_prefill))
         )
@@ -76,6 +76,8 @@ class Mesh:
         await self.client.aclose()
         await self.service.close()
         await asyncio.gather(*(worker.close() for worker in self.workers))
+        if error is None:
+            await self._assert_nothing_left()
 
     @property
     def workers(self) -> list[WorkerService]:
@@ -101,6 +103,16 @@ class Mesh:
             **{"model": str(self.model), "dtype": "float32", "num_blocks": 512, "num_threads": 1, **self.engine}
         )
         return WorkerConfig(ServiceConfig(), engine, worker_id, self.max_requests)
+
+    async def _assert_nothing_left(self) -> None:
+        """Closed services leave no registration, no task and no thread of ours."""
+        left = [entry for entry in await self.directory.registrations() if entry.info is not None]
+        assert not left, f"registrations left: {left}"
+        tasks = [task.get_name() for task in asyncio.all_tasks() - self._tasks_before if not task.done()]
+        assert not tasks, f"tasks left: {tasks}"
+        # Those of asyncio's and gRPC's own pools stay; ours have names.
+        ours = [thread.name for thread in threading.enumerate() if thread.name.startswith(("kv-", "engine"))]
+        assert not ours, f"threads left: {ours}"
 
     def held(self) -> str:
         """What somebody still holds, for a person; empty when the mesh is idle."""
