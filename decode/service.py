@@ -40,7 +40,7 @@ class DecodeService:
         await self.host.start()
 
     async def drain_asked(self) -> None:
-        await self.host.drain_requested.wait()
+        await self.host.leaving_asked()
 
     async def drain(self) -> None:
         await self.host.drain()

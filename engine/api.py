@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pdmesh.errors import MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import FinishReason, Load, ModelInfo, PairingFacts, TokenLogprob
@@ -181,6 +182,10 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Ends every stream with UnavailableError and joins the thread."""
+        ...
+
+    async def wait_ended(self) -> MeshError:
+        """Returns, with the reason, once the engine has ended, by `close` or by a defect; it serves nothing then."""
         ...
 
     def validate(self, request: EngineRequest) -> None:

@@ -55,6 +55,7 @@ class LocalEngine:
         self._thread = EngineThread(self._build, self._on_thread_start, self._on_delivery, self._on_thread_end)
         self._assembly: Assembly | None = None
         self._ended_by: MeshError | None = None
+        self._ended = asyncio.Event()
         self._on_progress: Callable[[int, int], None] = lambda done, total: None
         self._streams: dict[Request, EngineStream[Any]] = {}
         # Whatever is awaited in a method of this class, and those among them that wait for blocks.
@@ -107,9 +108,15 @@ class LocalEngine:
             await asyncio.to_thread(self._thread.join)
         self._end(_closed_error())
 
+    async def wait_ended(self) -> MeshError:
+        await self._ended.wait()
+        assert self._ended_by is not None
+        return self._ended_by
+
     def _end(self, error: MeshError) -> None:
         """Tells everybody who waits for something that it will not come."""
         self._ended_by = self._ended_by or error
+        self._ended.set()
         for stream in self._streams.values():
             stream.end(error)
         self._streams.clear()

@@ -39,7 +39,7 @@ class Service(Protocol):
         ...
 
     async def drain_asked(self) -> None:
-        """Returns when somebody asked this service, by RPC, to drain and leave."""
+        """Returns when somebody asked this service, by RPC, to drain and leave. Raises MeshError if it cannot go on."""
         ...
 
     async def drain(self) -> None:
@@ -52,7 +52,7 @@ class Service(Protocol):
 
 
 def run(make_service: Callable[[], Service], *, drain_s: float) -> None:
-    """Runs a service until a signal ends it. Exit code 0 after a drain, 2 where ConfigError was raised.
+    """Runs a service until a signal ends it. Exit code 0 after a drain, 1 where it cannot go on, 2 for a ConfigError.
 
     The service is made inside the event loop: what gRPC makes binds to the loop that runs.
     """
@@ -60,6 +60,9 @@ def run(make_service: Callable[[], Service], *, drain_s: float) -> None:
         uvloop.run(_run(make_service, drain_s))
     except ConfigError as error:
         fail(error.message)
+    except MeshError as error:
+        log.critical("cannot go on: %s", error.message, extra={"reason": error.reason})
+        raise SystemExit(1) from error
 
 
 async def _run(make_service: Callable[[], Service], drain_s: float) -> None:
@@ -76,6 +79,8 @@ async def _run(make_service: Callable[[], Service], drain_s: float) -> None:
         if starting.done():
             await starting
             await asyncio.wait({stopping, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                await asked
             log.info("draining for up to %g s; signal again to stop at once", drain_s)
             draining, insisting = asyncio.create_task(service.drain()), asyncio.create_task(signals.get())
             await asyncio.wait({draining, insisting}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)

@@ -28,7 +28,7 @@ class PrefillService:
         await self.host.start()
 
     async def drain_asked(self) -> None:
-        await self.host.drain_requested.wait()
+        await self.host.leaving_asked()
 
     async def drain(self) -> None:
         await self.host.drain()

@@ -42,7 +42,7 @@ class WorkerHost:
         self.engine = engine
         self.server = GrpcServer(service.host, service.port, service.advertised_host)
         self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
-        self.drain_requested = asyncio.Event()
+        self._drain_requested = asyncio.Event()
         self.num_tickets: Callable[[], int] = lambda: 0
         self._max_requests = config.max_requests
         self._num_admitted = 0
@@ -92,6 +92,21 @@ class WorkerHost:
 
     def _on_progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self._info = replace(self._info, loaded_bytes=loaded_bytes, total_bytes=total_bytes)
+
+    async def leaving_asked(self) -> None:
+        """Returns when this worker was asked to drain. Raises what the engine ended with, if that comes first."""
+        asked = asyncio.create_task(self._drain_requested.wait())
+        ended = asyncio.create_task(self.engine.wait_ended())
+        try:
+            await asyncio.wait({asked, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise ended.result()
+        finally:
+            asked.cancel()
+            ended.cancel()
+
+    def request_drain(self) -> None:
+        self._drain_requested.set()
 
     async def drain(self) -> None:
         self._info = replace(self._info, state=WorkerState.DRAINING)
@@ -160,5 +175,5 @@ class _WorkerServicer(cluster_pb2_grpc.WorkerServicer):
 
     async def Drain(self, request: cluster_pb2.DrainRequest, context: object) -> cluster_pb2.DrainResponse:
         log.info("asked to drain", extra={"worker_id": self._host.worker_id})
-        self._host.drain_requested.set()
+        self._host.request_drain()
         return cluster_pb2.DrainResponse()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.local_engine import LocalEngine
 from pdmesh.async_client import AsyncClient
 from pdmesh.errors import (
     DeadlineError,
+    InternalError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
@@ -232,3 +234,23 @@ async def test_prompt_and_output_logprobs_are_the_same_wherever_they_are_compute
     ):
         assert [entry.token_id for entry in ours] == [entry.token_id for entry in theirs]
         assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-4)
+
+
+async def test_a_worker_whose_engine_has_died_leaves_instead_of_failing_every_request(tiny_model: Path) -> None:
+    async with Mesh(tiny_model, num_decode=2) as mesh:
+        broken, whole = mesh.decodes
+        engine = broken.host.engine
+        assert isinstance(engine, LocalEngine)
+
+        def defect(scheduler: object) -> None:
+            raise ZeroDivisionError("a defect in the bookkeeping itself; none is known, so it is made by hand")
+
+        engine._thread.post(defect)
+        async with asyncio.timeout(5):
+            with pytest.raises(InternalError):
+                await broken.drain_asked()
+        await broken.close()
+        mesh.decodes.remove(broken)
+        result = await mesh.client.generate(tokens=prompt(100), temperature=0.0, max_tokens=4)
+        assert result.report.decode_worker_id == whole.host.worker_id
+        await mesh.assert_idle()
