@@ -19,6 +19,7 @@ class FaultProxy:
         stall_at: After this many bytes nothing passes, until `resume` is called.
         reset_next: The next byte from the client is answered by a reset, once.
         num_bytes: Passed on so far.
+        num_late_bytes: Held back by the stall, and sent on their way by `resume`.
         num_connections: Accepted so far.
         num_faults: That have happened.
     """
@@ -31,11 +32,13 @@ class FaultProxy:
         self.stall_at: int | None = None
         self.reset_next = False
         self.num_bytes = 0
+        self.num_late_bytes = 0
         self.num_connections = 0
         self.num_faults = 0
         self.stalled = asyncio.Event()
         self._resumed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._transports: list[asyncio.WriteTransport] = []
         self._server: asyncio.Server | None = None
 
     @property
@@ -60,6 +63,10 @@ class FaultProxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for transport in self._transports:
+            transport.abort()
+        # An aborted transport lets go of its socket in the loop's next round.
+        await asyncio.sleep(0)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -67,20 +74,21 @@ class FaultProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.num_connections += 1
+        self._transports.append(writer.transport)
         up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
+        self._transports.append(up_writer.transport)
         back = asyncio.create_task(self._copy_back(up_reader, writer))
         try:
-            with contextlib.suppress(OSError):
-                await self._copy(reader, writer, up_writer)
-            if up_writer.can_write_eof():
-                with contextlib.suppress(OSError):
-                    up_writer.write_eof()
-                await back
+            await self._copy(reader, writer, up_writer)
+            up_writer.write_eof()
+            await back
+        except OSError:
+            # One side is gone: so is the other, for all that it can tell.
+            writer.transport.abort()
+            up_writer.transport.abort()
         finally:
             back.cancel()
             await asyncio.gather(back, return_exceptions=True)
-            for end in (writer, up_writer):
-                end.close()
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up_writer: asyncio.StreamWriter
@@ -90,8 +98,7 @@ class FaultProxy:
                 self.reset_next = False
                 self.num_faults += 1
                 _reset(writer)
-                up_writer.transport.abort()
-                return
+                raise ConnectionResetError
             start, end = self.num_bytes, self.num_bytes + len(data)
             if self.flip_at is not None and start <= self.flip_at < end:
                 data[self.flip_at - start] ^= 1
@@ -101,9 +108,7 @@ class FaultProxy:
                 await up_writer.drain()
                 self.num_faults += 1
                 self.cut_at = None
-                writer.transport.abort()
-                up_writer.close()
-                return
+                raise ConnectionResetError
             if self.stall_at is not None and end > self.stall_at:
                 up_writer.write(bytes(data[: self.stall_at - start]))
                 await up_writer.drain()
@@ -111,6 +116,7 @@ class FaultProxy:
                 self.num_faults += 1
                 self.stalled.set()
                 await self._resumed.wait()
+                self.num_late_bytes += len(data)
             up_writer.write(bytes(data))
             await up_writer.drain()
             self.num_bytes = end
@@ -120,7 +126,7 @@ class FaultProxy:
             while data := await up_reader.read(64 * 1024):
                 writer.write(data)
                 await writer.drain()
-        writer.close()
+            writer.write_eof()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -22,6 +22,7 @@ from pdmesh.server import GrpcServer
 REQUEST_ID = "request"
 EPOCH = 3
 INCARNATION = "sender-1"
+THREAD_END_TIMEOUT_S = 2.0
 
 
 class BytesMemory:
@@ -90,8 +91,11 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
         await channels.aclose()
         await ends.stop_receiving()
     assert hub.num_open_tickets == 0
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
-    assert not left, f"threads left: {left}"
+    for thread in threading.enumerate():
+        if thread.name.startswith("kv-"):
+            # One that has let go of everything may still be on its way out.
+            thread.join(THREAD_END_TIMEOUT_S)
+            assert not thread.is_alive(), f"{thread.name} was left running"
 
 
 async def _send_all_but_the_last(grant: Grant, num_blocks: int, block_bytes: int) -> None:

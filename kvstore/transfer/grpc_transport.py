@@ -117,11 +117,8 @@ class GrpcSender:
 
     async def finish(self) -> TransferStats:
         await self._write(pb.PushRequest(finish=pb.PushFinish(num_parts=self._num_parts, num_bytes=self._num_bytes)))
-        try:
-            await self._call.done_writing()
-            await self._call
-        except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error, stage="transfer") from error
+        # The receiver ends the call; closing our side of it first would be one more thing that can fail.
+        await self._answer()
         return TransferStats(self._num_bytes, self._num_parts, time.monotonic() - self._opened_at)
 
     async def aclose(self) -> None:
@@ -130,13 +127,21 @@ class GrpcSender:
     async def _write(self, request: pb.PushRequest) -> None:
         try:
             await self._call.write(request)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             # The receiver has ended the call: its status says why, the failed write does not.
-            await self._raise_status()
+            await self._answer()
+            raise UnavailableError(
+                "the receiver ended the transfer early", reason="RECEIVER_LOST", stage="transfer"
+            ) from error
 
-    async def _raise_status(self) -> None:
+    async def _answer(self) -> None:
+        """Waits for the receiver's answer; raises what it refused with."""
         try:
             await self._call
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INTERNAL and not error.trailing_metadata():
+                # grpc.aio's own: a write that was under way when the status came hides it.
+                raise UnavailableError(
+                    "the receiver ended the transfer early; its log says why", reason="RECEIVER_LOST", stage="transfer"
+                ) from error
             raise status.from_rpc_error(error, stage="transfer") from error
-        raise UnavailableError("the receiver ended the transfer early", reason="RECEIVER_LOST", stage="transfer")

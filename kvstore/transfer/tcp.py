@@ -114,8 +114,8 @@ class TcpReceiver:
         except OSError as error:
             log.debug("KV connection ended: %s", error)
         finally:
-            self._connections.pop(connection, None)
             connection.close()
+            del self._connections[connection]
 
     def _serve_transfer(self, connection: Connection) -> bool:
         """One transfer; False where the sender closed the connection instead of beginning one."""
