@@ -470,12 +470,14 @@ async def test_a_receiver_that_stops_ends_its_senders(transport: str) -> None:
 
 
 async def test_a_receiver_that_is_not_there(transport: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-    async with endpoints(transport, 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
-        async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(UnavailableError):
-                await send_all(ends.sender(incoming.grant, via=address), 1)
+    # Bound, so that nobody else gets the port; not listening, so that nobody answers.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        async with endpoints(transport, 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(UnavailableError):
+                    await send_all(ends.sender(incoming.grant, via=address), 1)
 
 
 async def test_connecting_to_silence_can_be_cancelled_at_once() -> None:
