@@ -6,8 +6,7 @@
 3. Otherwise prefill workers are asked, one after the other until one delivers (`Handoff`); if all fail, the
    engine computes it here after all. The first token is passed on once, whoever sampled it.
 4. The KV that came is committed and the request joins the running batch.
-5. Once the leader has its first token, the prompt's full blocks are in the prefix cache: the other completions
-   start from them.
+5. The prompt's full blocks are in the prefix cache now: the other completions start from them.
 6. Tokens are passed on as steps produce them. However it ends, every stream is closed and every lease released.
 """
 
