@@ -106,14 +106,14 @@ async def test_concurrent_streams_get_what_each_gets_alone(tiny_model: Path) -> 
     for number in range(64):
         prompt = tuple(draw.randrange(VOCAB_SIZE - 64) for _ in range(draw.choice((1, 9, 40, 130, 400))))
         sampling = SamplingParams(
-            temperature=draw.choice((0.0, 0.8)), seed=number, max_tokens=draw.choice((1, 8, 40)), top_p=0.9,
+            temperature=draw.choice((0.0, 0.8)), seed=number, max_tokens=draw.choice((1, 8, 120)), top_p=0.9,
             stop_token_ids=(EOS_TOKEN_ID,),
         )  # fmt: skip
         requests.append((prompt, sampling))
     async with running_engine(tiny_model) as engine:
         alone = [await aggregated(engine, prompt, sampling) for prompt, sampling in requests]
-    # 96 blocks of 16 tokens for up to 64 requests of up to 440: preemption is part of the game.
-    async with Mesh(tiny_model, num_prefill=2, num_decode=2, engine={"num_blocks": 96}) as mesh:
+    # 40 blocks of 16 tokens for up to 64 requests of up to 520: they queue, and preempt each other while decoding.
+    async with Mesh(tiny_model, num_prefill=2, num_decode=2, engine={"num_blocks": 40}) as mesh:
         results = await asyncio.gather(
             *(mesh.client.generate(tokens=prompt, sampling=sampling) for prompt, sampling in requests)
         )
