@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
+from engine.executor import TorchExecutor
 from engine.kv_cache import KV_LAYOUT, KVCache, bytes_per_block
 from engine.loader import DTYPES, LoadedModel
 from engine.runner import ModelRunner
@@ -51,8 +52,9 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
         max_prefill_chunk=config.max_prefill_chunk,
     )
     runner = ModelRunner(
-        loaded.model,
-        kv_cache,
+        TorchExecutor(loaded.model, kv_cache),
+        device=device,
+        block_size=config.block_size,
         vocab_size=shape.vocab_size,
         num_seats=config.max_num_seqs,
         max_blocks=scheduler_config.max_request_blocks,

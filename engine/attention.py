@@ -10,7 +10,7 @@ anything, NaN included: after reading they are overwritten with zeros, and the m
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
@@ -45,16 +45,15 @@ class _Group:
     buffer: torch.Tensor
 
 
-class AttentionPlan:
-    """What the attention of one step needs and no layer changes. Serves the one forward pass it was built for."""
+class Attention(Protocol):
+    """The attention of one step: made for one batch, asked by each layer in turn.
 
-    def __init__(self, batch: Batch, kv_cache: KVCache) -> None:
-        self._kv_cache = kv_cache
-        self._token_rows = kv_cache.token_rows(batch.slot_mapping)
-        self._groups = [_build_group(batch, kv_cache, members) for members in _grouped(batch)]
-        rows = torch.cat([group.query_rows for group in self._groups])
-        # Outputs come group by group; this brings them back into the order of the step's tokens.
-        self._order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+    Attributes:
+        kv_cache: Where the K and V of the batch's sequences lie.
+    """
+
+    @property
+    def kv_cache(self) -> KVCache: ...
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores the step's K and V and attends to all that the sequences have.
@@ -66,15 +65,33 @@ class AttentionPlan:
         Returns:
             [T, num_heads, head_dim].
         """
-        self._kv_cache.write(layer, k, v, self._token_rows)
+        ...
+
+
+class AttentionPlan:
+    """Attention by torch's own operations, on any device.
+
+    What one step needs and no layer changes is made once. Serves the one forward pass it was built for.
+    """
+
+    def __init__(self, batch: Batch, kv_cache: KVCache) -> None:
+        self.kv_cache = kv_cache
+        self._token_rows = kv_cache.token_rows(batch.slot_mapping)
+        self._groups = [_build_group(batch, kv_cache, members) for members in _grouped(batch)]
+        rows = torch.cat([group.query_rows for group in self._groups])
+        # Outputs come group by group; this brings them back into the order of the step's tokens.
+        self._order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.kv_cache.write(layer, k, v, self._token_rows)
         outputs = [self._attend_group(layer, q, group) for group in self._groups]
         return torch.cat(outputs).index_select(0, self._order)
 
     def _attend_group(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
         """[N * Q, num_heads, head_dim], in the order of the group's `query_rows`."""
         num_heads, head_dim = q.shape[1:]
-        num_kv_heads = self._kv_cache.num_kv_heads
-        self._kv_cache.read(layer, group.run_rows, out=group.buffer)
+        num_kv_heads = self.kv_cache.num_kv_heads
+        self.kv_cache.read(layer, group.run_rows, out=group.buffer)
         group.buffer.view(-1, head_dim).index_fill_(0, group.unwritten, 0.0)
         keys, values = group.buffer.view(2, group.num_sequences, num_kv_heads, -1, head_dim)
         queries = q.index_select(0, group.query_rows).view(group.num_sequences, -1, num_heads, head_dim)
@@ -91,7 +108,7 @@ class AttentionPlan:
 
 def _grouped(batch: Batch) -> Iterator[list[int]]:
     """Indices of sequences, group by group: equal query_len, like seq_len."""
-    shapes = list(zip(batch.query_lens, batch.seq_lens, strict=True))
+    shapes = list(zip(batch.query_lens.tolist(), batch.seq_lens.tolist(), strict=True))
     group: list[int] = []
     for index in sorted(range(len(shapes)), key=shapes.__getitem__):
         if group and not _fits(shapes[index], shapes[group[0]]):
@@ -110,14 +127,14 @@ def _fits(shape: tuple[int, int], shortest: tuple[int, int]) -> bool:
 def _build_group(batch: Batch, kv_cache: KVCache, members: list[int]) -> _Group:
     # Index arithmetic happens on the host, where the lengths are; only results go to the device.
     device = kv_cache.device
-    starts = [0, *accumulate(batch.query_lens)]
-    query_len = batch.query_lens[members[0]]
-    seq_lens = torch.tensor([batch.seq_lens[index] for index in members])
+    starts = torch.from_numpy(batch.query_lens.cumsum() - batch.query_lens)
+    query_len = int(batch.query_lens[members[0]])
+    seq_lens = torch.from_numpy(batch.seq_lens[members])
     num_blocks = -(-int(seq_lens.max()) // kv_cache.block_size)
     slots = torch.arange(num_blocks * kv_cache.block_size)
 
     queries = torch.arange(query_len)
-    query_rows = torch.tensor([starts[index] for index in members]).unsqueeze(-1) + queries
+    query_rows = starts[members].unsqueeze(-1) + queries
     query_positions = (seq_lens - query_len).unsqueeze(-1) + queries
     hidden = slots > query_positions.unsqueeze(-1)
     mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(hidden, float("-inf"))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -16,8 +18,8 @@ class Batch:
         input_ids: [T] int64.
         positions: [T] int64, position of each token in its sequence.
         slot_mapping: [T] int64, where each token's K and V go: block_id * block_size + offset.
-        query_lens: Per sequence, tokens in this step (host ints: they shape the work).
-        seq_lens: Per sequence, tokens after this step.
+        query_lens: [B] int64, tokens of each sequence in this step. On the host: they shape the work.
+        seq_lens: [B] int64, tokens of each sequence after this step. On the host.
         block_tables: [B, max blocks] int64, padded with 0.
         logits_rows: [R] int64, rows of the hidden states of which logits are wanted.
     """
@@ -25,7 +27,7 @@ class Batch:
     input_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    query_lens: list[int]
-    seq_lens: list[int]
+    query_lens: npt.NDArray[np.int64]
+    seq_lens: npt.NDArray[np.int64]
     block_tables: torch.Tensor
     logits_rows: torch.Tensor

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from engine.batch import Batch
-from engine.kv_cache import KVCache
-from engine.models.causal_lm import CausalLM
+from engine.executor import ModelExecutor
 from engine.request import Request
 from engine.sampler import SamplingState, sample, token_logprobs
 from engine.step import ScheduledRequest, StepPlan, StepResult
@@ -23,17 +22,29 @@ _PROMPT_LOGITS_ROWS = 64
 
 
 class ModelRunner:
-    """One model and its KV cache, on one device. Not thread-safe.
+    """Batches, and what became of them, for one executor. Not thread-safe.
 
     Args:
+        device: Where the executor computes.
+        block_size: Tokens in a KV block.
         vocab_size: Width of the model's logits.
         num_seats: Requests in a batch at most.
         max_blocks: Blocks of a request at most.
     """
 
-    def __init__(self, model: CausalLM, kv_cache: KVCache, *, vocab_size: int, num_seats: int, max_blocks: int) -> None:
-        self._model = model
-        self._kv_cache = kv_cache
+    def __init__(
+        self,
+        executor: ModelExecutor,
+        *,
+        device: torch.device,
+        block_size: int,
+        vocab_size: int,
+        num_seats: int,
+        max_blocks: int,
+    ) -> None:
+        self._executor = executor
+        self._device = device
+        self._block_size = block_size
         self._vocab_size = vocab_size
         self._block_tables: npt.NDArray[np.int64] = np.zeros((num_seats, max_blocks), dtype=np.int64)
         self._states: list[SamplingState | None] = [None] * num_seats
@@ -42,12 +53,12 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         """Computes the plan's tokens, writing their KV, and samples where the plan says so. `plan` has at least one."""
         batch = self.build_batch(plan)
-        hidden = self._model.forward(batch, self._kv_cache)
+        hidden = self._executor.forward(batch)
         result = StepResult(sampled=[])
         sampling = [item.request for item in plan.scheduled if item.samples]
         if sampling:
             states = [self._states[request.seat] or self._new_state(request) for request in sampling]
-            result.sampled.extend(sample(self._model.logits(hidden[batch.logits_rows]), sampling, states))
+            result.sampled.extend(sample(self._executor.logits(hidden[batch.logits_rows]), sampling, states))
         first_row = 0
         for item in plan.scheduled:
             if item.request.prompt_logprobs is not None:
@@ -66,36 +77,34 @@ class ModelRunner:
                 first_new = len(table) - item.num_new_blocks
                 self._block_tables[item.request.seat, first_new : len(table)] = table[first_new:]
         seats = np.array([item.request.seat for item in scheduled])
-        query_lens = [item.num_tokens for item in scheduled]
-        context_lens = [item.request.num_computed_tokens for item in scheduled]
-        lens = np.array(query_lens)
-        ends = lens.cumsum()
+        query_lens = np.array([item.num_tokens for item in scheduled])
+        context_lens = np.array([item.request.num_computed_tokens for item in scheduled])
+        seq_lens = query_lens + context_lens
+        ends = query_lens.cumsum()
         # A token's position: its row, less the sequence's first row, plus the tokens before this step.
-        positions = np.arange(ends[-1]) + np.repeat(np.array(context_lens) - ends + lens, lens)
-        block_size = self._kv_cache.block_size
-        blocks = self._block_tables[np.repeat(seats, lens), positions // block_size]
-        slot_mapping = blocks * block_size + positions % block_size
+        positions = np.arange(ends[-1]) + np.repeat(seq_lens - ends, query_lens)
+        blocks = self._block_tables[np.repeat(seats, query_lens), positions // self._block_size]
+        slot_mapping = blocks * self._block_size + positions % self._block_size
         max_blocks = max(len(item.request.block_table) for item in scheduled)
         block_tables = self._block_tables[seats, :max_blocks]
         lengths = np.array([len(item.request.block_table) for item in scheduled])
         block_tables[np.arange(max_blocks) >= lengths[:, None]] = 0
         token_ids = chain.from_iterable(
             item.request.token_ids[context_len : context_len + item.num_tokens]
-            for item, context_len in zip(scheduled, context_lens, strict=True)
+            for item, context_len in zip(scheduled, context_lens.tolist(), strict=True)
         )
-        device = self._kv_cache.device
         return Batch(
-            input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, count=int(ends[-1]))).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            slot_mapping=torch.from_numpy(slot_mapping).to(device),
+            input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, count=int(ends[-1]))).to(self._device),
+            positions=torch.from_numpy(positions).to(self._device),
+            slot_mapping=torch.from_numpy(slot_mapping).to(self._device),
             query_lens=query_lens,
-            seq_lens=[context + query for context, query in zip(context_lens, query_lens, strict=True)],
-            block_tables=torch.from_numpy(block_tables).to(device),
-            logits_rows=torch.from_numpy(ends[[item.samples for item in scheduled]] - 1).to(device),
+            seq_lens=seq_lens,
+            block_tables=torch.from_numpy(block_tables).to(self._device),
+            logits_rows=torch.from_numpy(ends[[item.samples for item in scheduled]] - 1).to(self._device),
         )
 
     def _new_state(self, request: Request) -> SamplingState:
-        state = self._states[request.seat] = SamplingState(request, self._vocab_size, self._kv_cache.device)
+        state = self._states[request.seat] = SamplingState(request, self._vocab_size, self._device)
         return state
 
     def _prompt_logprobs(self, item: ScheduledRequest, hidden: torch.Tensor) -> list[TokenLogprob]:
@@ -107,5 +116,5 @@ class ModelRunner:
         logprobs: list[TokenLogprob] = []
         for start in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[start : start + _PROMPT_LOGITS_ROWS]
-            logprobs += token_logprobs(self._model.logits(hidden[start : start + len(part)]), part, num_top)
+            logprobs += token_logprobs(self._executor.logits(hidden[start : start + len(part)]), part, num_top)
         return logprobs

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.attention import Attention
 from engine.batch import Batch
-from engine.kv_cache import KVCache
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
@@ -58,9 +58,10 @@ class FakeModel(CausalLM):
         super().__init__()
         self._on_forward = on_forward
 
-    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
         """[T, 1]: the likeliest next token after each token."""
         self._on_forward()
+        kv_cache = attention.kv_cache
         size = kv_cache.block_size
         # [num_blocks, block_size]: the first number of each token's K.
         values = kv_cache.data[:, 0, 0, 0, :, 0]

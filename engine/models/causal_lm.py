@@ -5,16 +5,16 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from engine.attention import Attention
 from engine.batch import Batch
-from engine.kv_cache import KVCache
 
 
 class CausalLM(nn.Module, ABC):
     """A decoder-only model over the paged KV cache. Made without memory; `engine.loader` assigns its parameters."""
 
     @abstractmethod
-    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-        """Runs one step: writes the K and V of its T tokens to `kv_cache`, returns their hidden states [T, hidden]."""
+    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
+        """Runs one step of T tokens, whose K and V `attention` stores. Returns their hidden states [T, hidden]."""
 
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.attention import AttentionPlan
+from engine.attention import Attention
 from engine.batch import Batch
-from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.rope import angles, inverse_frequencies, rotate
@@ -27,8 +26,8 @@ class LlamaForCausalLM(CausalLM):
         self.requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(batch, kv_cache)
+    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(batch, attention)
         return hidden
 
     @torch.inference_mode()
@@ -50,12 +49,11 @@ class LlamaModel(nn.Module):
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config.rope, config.head_dim), persistent=False)
 
-    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-        plan = AttentionPlan(batch, kv_cache)
+    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
         cos, sin = angles(batch.positions, self.inv_freq, self.attention_scaling)
         hidden: torch.Tensor = self.embed_tokens(batch.input_ids)
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, plan)
+            hidden = layer(hidden, cos, sin, attention)
         normed: torch.Tensor = self.norm(hidden)
         return normed
 
@@ -68,8 +66,8 @@ class LlamaDecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        attended: torch.Tensor = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, plan)
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
+        attended: torch.Tensor = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attention)
         output: torch.Tensor = attended + self.mlp(self.post_attention_layernorm(attended))
         return output
 
@@ -85,12 +83,12 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
         num_tokens = len(hidden)
         q = rotate(self.q_proj(hidden).view(num_tokens, -1, self.head_dim), cos, sin)
         k = rotate(self.k_proj(hidden).view(num_tokens, -1, self.head_dim), cos, sin)
         v = self.v_proj(hidden).view(num_tokens, -1, self.head_dim)
-        output: torch.Tensor = self.o_proj(plan.attend(self.layer, q, k, v).view(num_tokens, -1))
+        output: torch.Tensor = self.o_proj(attention.attend(self.layer, q, k, v).view(num_tokens, -1))
         return output
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from engine.api import BlockLease, EngineRequest, ImportedPrompt, PrefillUpdate, TokenOutput
 from engine.core import EngineCore
+from engine.executor import TorchExecutor
 from engine.kv_cache import KVCache
 from engine.leases import Reservation
 from engine.request import Request
@@ -31,8 +32,9 @@ class Harness:
         )
         self.cache.data.fill_(torch.nan)
         runner = ModelRunner(
-            model or FakeModel(),
-            self.cache,
+            TorchExecutor(model or FakeModel(), self.cache),
+            device=CPU,
+            block_size=config.block_size,
             vocab_size=FAKE_CONFIG.vocab_size,
             num_seats=config.max_num_seqs,
             max_blocks=config.max_request_blocks,

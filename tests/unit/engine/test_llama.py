@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.batch import Batch
+from engine.executor import TorchExecutor
 from engine.kv_cache import KVCache
 from engine.loader import LoadedModel, load_model
 from engine.models.llama import RMSNorm
@@ -37,6 +39,7 @@ class Texts:
         num_blocks = len(order) + 1
         self.cache = KVCache(loaded.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU)
         self.cache.data.fill_(torch.nan)
+        self.executor = TorchExecutor(loaded.model, self.cache)
 
     def step(self, num_tokens: dict[int, int]) -> None:
         """Computes the next tokens, as many as said, of each text named, in the order named."""
@@ -59,13 +62,13 @@ class Texts:
             input_ids=torch.tensor(input_ids),
             positions=torch.cat(positions),
             slot_mapping=torch.cat(slots),
-            query_lens=list(num_tokens.values()),
-            seq_lens=seq_lens,
+            query_lens=np.array(list(num_tokens.values())),
+            seq_lens=np.array(seq_lens),
             block_tables=tables[:, : -(-max(seq_lens) // block_size)],
             logits_rows=torch.arange(len(input_ids)),
         )
-        hidden = self.loaded.model(batch, self.cache)
-        logits = self.loaded.model.logits(hidden[batch.logits_rows])
+        hidden = self.executor.forward(batch)
+        logits = self.executor.logits(hidden[batch.logits_rows])
         for text, part in zip(num_tokens, torch.split(logits, list(num_tokens.values())), strict=True):
             self.num_computed[text] += len(part)
             self.logits[text].append(part)
