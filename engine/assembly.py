@@ -9,7 +9,7 @@ import torch
 from engine.config import EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.executor import TorchExecutor
-from engine.kv_cache import KV_LAYOUT, KVCache, bytes_per_block
+from engine.kv_cache import KVCache, bytes_per_block
 from engine.loader import DTYPES, LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -71,6 +71,6 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            kv_layout=KV_LAYOUT,
+            kv_layout=kv_cache.layout.name,
         ),
     )

@@ -29,20 +29,16 @@ class _Group:
     """Sequences attended in one call: N of them, each with Q tokens in this step, over M blocks that hold S tokens.
 
     Attributes:
-        num_sequences: N.
         query_rows: [N * Q], rows of the step's tokens.
-        run_rows: [2 * N * num_kv_heads * M], for `KVCache.read`.
-        unwritten: Rows of `buffer`, seen as [2 * N * num_kv_heads * S, head_dim], past their sequence's end.
+        block_tables: [N, M].
+        unwritten: [N, 1, S, 1], where slots lie past their sequence's end.
         mask: [N, 1, Q, S] in the cache's dtype, 0 where a query may look and -inf elsewhere.
-        buffer: [2 * N * num_kv_heads * M, block_size * head_dim], where K and V are read to; the layers share it.
     """
 
-    num_sequences: int
     query_rows: torch.Tensor
-    run_rows: torch.Tensor
+    block_tables: torch.Tensor
     unwritten: torch.Tensor
     mask: torch.Tensor
-    buffer: torch.Tensor
 
 
 class Attention(Protocol):
@@ -76,14 +72,14 @@ class AttentionPlan:
 
     def __init__(self, batch: Batch, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
-        self._token_rows = kv_cache.token_rows(batch.slot_mapping)
+        self._slot_mapping = batch.slot_mapping
         self._groups = [_build_group(batch, kv_cache, members) for members in _grouped(batch)]
         rows = torch.cat([group.query_rows for group in self._groups])
         # Outputs come group by group; this brings them back into the order of the step's tokens.
         self._order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        self.kv_cache.write(layer, k, v, self._token_rows)
+        self.kv_cache.write(layer, k, v, self._slot_mapping)
         outputs = [self._attend_group(layer, q, group) for group in self._groups]
         return torch.cat(outputs).index_select(0, self._order)
 
@@ -91,13 +87,13 @@ class AttentionPlan:
         """[N * Q, num_heads, head_dim], in the order of the group's `query_rows`."""
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = self.kv_cache.num_kv_heads
-        self.kv_cache.read(layer, group.run_rows, out=group.buffer)
-        group.buffer.view(-1, head_dim).index_fill_(0, group.unwritten, 0.0)
-        keys, values = group.buffer.view(2, group.num_sequences, num_kv_heads, -1, head_dim)
-        queries = q.index_select(0, group.query_rows).view(group.num_sequences, -1, num_heads, head_dim)
+        keys, values = self.kv_cache.gather(layer, group.block_tables)
+        keys.masked_fill_(group.unwritten, 0.0)
+        values.masked_fill_(group.unwritten, 0.0)
+        queries = q.index_select(0, group.query_rows).view(len(keys), -1, num_heads, head_dim)
         if queries.shape[1] == 1:
             # The query heads that share a KV head become its queries, so that K and V are read once for all.
-            queries = queries.view(group.num_sequences, num_kv_heads, -1, head_dim)
+            queries = queries.view(len(keys), num_kv_heads, -1, head_dim)
             output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
         else:
             output = F.scaled_dot_product_attention(
@@ -139,19 +135,10 @@ def _build_group(batch: Batch, kv_cache: KVCache, members: list[int]) -> _Group:
     hidden = slots > query_positions.unsqueeze(-1)
     mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(hidden, float("-inf"))
 
-    # [N, num_kv_heads, S], then the same for V behind K.
-    is_unwritten = (slots >= seq_lens.unsqueeze(-1)).unsqueeze(1).expand(-1, kv_cache.num_kv_heads, -1)
-    unwritten_keys = is_unwritten.flatten().nonzero().flatten()
-    unwritten = torch.cat((unwritten_keys, unwritten_keys + is_unwritten.numel()))
-
-    block_tables = batch.block_tables[torch.tensor(members, device=device), :num_blocks]
-    run_rows = kv_cache.run_rows(block_tables)
-    run_width = kv_cache.block_size * kv_cache.head_dim
+    unwritten = slots >= seq_lens.unsqueeze(-1)
     return _Group(
-        num_sequences=len(members),
         query_rows=query_rows.flatten().to(device),
-        run_rows=run_rows,
-        unwritten=unwritten.to(device),
+        block_tables=batch.block_tables[torch.tensor(members, device=device), :num_blocks],
+        unwritten=unwritten[:, None, :, None].to(device),
         mask=mask.unsqueeze(1).to(device),
-        buffer=torch.empty(len(run_rows), run_width, dtype=kv_cache.dtype, device=device),
     )

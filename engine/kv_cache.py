@@ -1,14 +1,39 @@
-"""The KV cache's tensor: where the keys and values of every block lie, how they get there, and how they leave."""
+"""The KV cache's tensor: where the keys and values of every block lie, how they get there, and how they leave.
+
+A block is one contiguous run of bytes over all layers, so it travels as it lies: [layer][K, V][KV head][tile]. Of the
+tile, the tokens of one block in one layer and head, there are two orders:
+
+    plain   K and V [token][dim]
+    dot     K [dim / pack][token][pack], V [token / pack][dim][pack]
+
+The second is what a CPU's dot products read: pack is how many values one multiply-add takes (2 of bfloat16, else 1).
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
 
-# Outermost first. A block is one contiguous run of bytes over all layers, so it travels as it lies.
-KV_LAYOUT = "block.layer.kv.head.token.dim"
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The order of values in a tile. Workers whose layouts have one name exchange blocks as they lie.
+
+    Attributes:
+        pack: Values of a multiply-add in the dot order; None: the plain order.
+    """
+
+    pack: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "block.layer.kv.head.token.dim" if self.pack is None else f"block.layer.kv.head.dot{self.pack}"
+
+
+PLAIN = KVLayout()
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -24,10 +49,18 @@ class KVCache:
 
     Attributes:
         data: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous; index 0 of the third is K.
+            The last two dimensions are a tile's: what they say of tokens and dims holds in the plain layout only.
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: KVLayout = PLAIN,
     ) -> None:
         """Raises ConfigError where the memory cannot be had."""
         assert num_blocks > 0
@@ -37,6 +70,7 @@ class KVCache:
         self.num_layers = config.num_layers
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
+        self.layout = layout
         self._block_bytes = bytes_per_block(config, block_size, dtype)
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         try:
@@ -63,36 +97,39 @@ class KVCache:
     def device(self) -> torch.device:
         return self.data.device
 
-    # Computing: tokens and runs of tokens as rows of one matrix, so that each layer's access is one indexing call.
+    # Computing
 
-    def token_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        """[2, T * num_kv_heads] int64: rows of layer 0's K and V of each slot, for `write`. Valid for every layer."""
-        blocks = slot_mapping // self.block_size
-        offsets = slot_mapping % self.block_size
-        head_rows = torch.arange(self.num_kv_heads, device=self.device) * self.block_size
-        rows = (blocks * (self.num_layers * self._layer_tokens) + offsets).unsqueeze(-1) + head_rows
-        return torch.stack((rows.flatten(), rows.flatten() + self.num_kv_heads * self.block_size))
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Stores keys and values [T, num_kv_heads, head_dim] of one layer at the slots [T] of their tokens."""
+        keys, values = self._tiles(layer)
+        blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
+        if self.layout.pack is None:
+            keys[blocks, :, offsets] = k
+            values[blocks, :, offsets] = v
+        else:
+            keys[blocks, :, :, offsets] = k.unflatten(-1, (-1, self.layout.pack))
+            values[blocks, :, offsets // self.layout.pack, :, offsets % self.layout.pack] = v
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, token_rows: torch.Tensor) -> None:
-        """Stores keys and values [T, num_kv_heads, head_dim] of one layer where `token_rows` says."""
-        rows = token_rows + layer * self._layer_tokens
-        flat = self.data.view(-1, self.head_dim)
-        flat.index_copy_(0, rows[0], k.reshape(-1, self.head_dim))
-        flat.index_copy_(0, rows[1], v.reshape(-1, self.head_dim))
+    def gather(self, layer: int, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of one layer's keys and values of blocks [N, M], each [N, num_kv_heads, M * block_size, head_dim]."""
+        keys, values = (tiles[block_tables] for tiles in self._tiles(layer))
+        if self.layout.pack is not None:
+            # [N, M, heads, dim / pack, token, pack] and [N, M, heads, token / pack, dim, pack]
+            keys = keys.transpose(3, 4).flatten(4)
+            values = values.transpose(4, 5).flatten(3, 4)
+        return keys.transpose(1, 2).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
 
-    def run_rows(self, block_tables: torch.Tensor) -> torch.Tensor:
-        """[2 * N * num_kv_heads * M] int64: rows of layer 0's K and V of blocks [N, M], for `read`.
-
-        Ordered so that the runs of one sequence and head, read one after the other, are its tokens in order.
-        """
-        heads = torch.arange(2 * self.num_kv_heads, device=self.device).view(2, 1, self.num_kv_heads, 1)
-        first = block_tables * (self.num_layers * 2 * self.num_kv_heads)
-        return (first[None, :, None, :] + heads).flatten()
-
-    def read(self, layer: int, run_rows: torch.Tensor, out: torch.Tensor) -> None:
-        """Copies one layer's K and V, as `run_rows` orders them, to `out` [rows, block_size * head_dim]."""
-        runs = self.data.view(-1, self.block_size * self.head_dim)
-        torch.index_select(runs, 0, run_rows + layer * 2 * self.num_kv_heads, out=out)
+    def _tiles(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's K and V, [num_blocks, num_kv_heads, *tile], the tile in its layout's dimensions."""
+        keys, values = self.data[:, layer, 0], self.data[:, layer, 1]
+        if self.layout.pack is None:
+            return keys, values
+        shape = (self.num_blocks, self.num_kv_heads)
+        pack = self.layout.pack
+        return (
+            keys.view(*shape, self.head_dim // pack, self.block_size, pack),
+            values.view(*shape, self.block_size // pack, self.head_dim, pack),
+        )
 
     # Travelling: the BlockMemory protocol.
 
@@ -116,11 +153,6 @@ class KVCache:
         if self.device.type != "cpu" and block_ids:
             ids = torch.tensor(block_ids)
             self._device_bytes.index_copy_(0, ids.to(self.device), self._host[ids].to(self.device))
-
-    @property
-    def _layer_tokens(self) -> int:
-        """Rows of head_dim that one layer of one block takes."""
-        return 2 * self.num_kv_heads * self.block_size
 
     @property
     def _device_bytes(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.kv_cache import KVCache, KVLayout, bytes_per_block
 from engine.model_config import ModelConfig
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -47,16 +47,42 @@ def test_there_is_no_block_past_the_end(config: ModelConfig, block_id: int) -> N
         cache.view(block_id)
 
 
-def test_tokens_lie_where_their_slots_say(config: ModelConfig) -> None:
-    cache = KVCache(config, num_blocks=4, block_size=8, dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("pack", [None, 1, 2])
+def test_tokens_lie_where_their_slots_say(config: ModelConfig, pack: int | None) -> None:
+    layout = KVLayout(pack)
+    cache = KVCache(config, num_blocks=4, block_size=8, dtype=torch.float32, device=CPU, layout=layout)
     cache.data.fill_(torch.nan)
     slots = torch.tensor([3 * 8 + 7, 1 * 8 + 0])
     k, v = torch.randn(2, 2, 16), torch.randn(2, 2, 16)
-    cache.write(2, k, v, cache.token_rows(slots))
+    cache.write(2, k, v, slots)
     for token, (block, offset) in enumerate([(3, 7), (1, 0)]):
-        assert torch.equal(cache.data[block, 2, 0, :, offset], k[token])
-        assert torch.equal(cache.data[block, 2, 1, :, offset], v[token])
+        keys, values = cache.data[block, 2].flatten(2).unbind()
+        dims = torch.arange(16)
+        in_keys, in_values = _plain_places(offset, dims) if pack is None else _dot_places(offset, dims, pack)
+        assert torch.equal(keys[:, in_keys], k[token])
+        assert torch.equal(values[:, in_values], v[token])
     assert int(cache.data.isfinite().sum()) == k.numel() + v.numel()
+
+
+@pytest.mark.parametrize("pack", [None, 1, 2])
+def test_what_was_written_is_gathered_in_the_order_of_the_tables(config: ModelConfig, pack: int | None) -> None:
+    layout = KVLayout(pack)
+    cache = KVCache(config, num_blocks=5, block_size=8, dtype=torch.bfloat16, device=CPU, layout=layout)
+    tables = torch.tensor([[3, 1], [4, 2]])
+    k, v = torch.randn(2, 2, 16, 2, 16).to(torch.bfloat16).unbind()
+    slots = (tables.unsqueeze(-1) * 8 + torch.arange(8)).flatten()
+    cache.write(1, k.flatten(0, 1), v.flatten(0, 1), slots)
+    keys, values = cache.gather(1, tables)
+    assert torch.equal(keys, k.transpose(1, 2))
+    assert torch.equal(values, v.transpose(1, 2))
+
+
+def _plain_places(token: int, dims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return token * 16 + dims, token * 16 + dims
+
+
+def _dot_places(token: int, dims: torch.Tensor, pack: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return (dims // pack * 8 + token) * pack + dims % pack, (token // pack * 16 + dims) * pack + token % pack
 
 
 def test_more_than_memory_is_refused(config: ModelConfig) -> None:
