@@ -2,14 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.api import BlockEvents, EngineStatus
 from engine.core import EngineCore
 from engine.leases import Reservation
+from engine.outputs import StepOutput
 from engine.scheduler import Scheduler
-from engine.step import StepOutput
 from pdmesh.types import Load
 
 log = logging.getLogger(__name__)
@@ -20,9 +20,12 @@ Command = Callable[[Scheduler], None]
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the thread has to tell, at once: before a step what is due then, after it what the step made."""
+    """What the thread has to tell, at once: before a step what is due then, after it what the step made.
 
-    outputs: list[StepOutput]
+    Iterate `outputs` once, on the receiving thread: the values are made there.
+    """
+
+    outputs: Iterable[StepOutput]
     granted: list[Reservation]
     block_events: BlockEvents
 
@@ -111,10 +114,10 @@ class EngineThread:
             outputs = core.execute(plan)
             self._publish(core)
             events = core.scheduler.drain_block_events()
-            if outputs or events.stored or events.removed:
+            if len(outputs) or events.stored or events.removed:
                 self._deliver(Delivery(outputs, [], events))
-            # A plan without requests means that nothing can run before the next command.
-            idle = not plan.scheduled
+            # An empty plan means that nothing can run before the next command.
+            idle = plan.empty
 
     def _take_commands(self, *, wait: bool) -> list[Command] | None:
         """What was posted since the last call; None when it is time to stop."""

@@ -23,6 +23,7 @@ class Ordered(Generic[T]):
 
     def __init__(self) -> None:
         self._entries: list[T] = []
+        self._snapshot: tuple[T, ...] | None = ()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -40,7 +41,14 @@ class Ordered(Generic[T]):
         index = bisect_left(self._entries, entry.order, key=_order)
         return index < len(self._entries) and self._entries[index] is entry
 
+    def snapshot(self) -> tuple[T, ...]:
+        """The entries; the same object until one is added or removed."""
+        if self._snapshot is None:
+            self._snapshot = tuple(self._entries)
+        return self._snapshot
+
     def add(self, entry: T) -> None:
+        self._snapshot = None
         insort(self._entries, entry, key=_order)
 
     def remove(self, entry: T) -> None:
@@ -48,4 +56,5 @@ class Ordered(Generic[T]):
         index = bisect_left(self._entries, entry.order, key=_order)
         if index == len(self._entries) or self._entries[index] is not entry:
             raise ValueError(f"{entry!r} is not listed")
+        self._snapshot = None
         del self._entries[index]

@@ -63,17 +63,19 @@ class Request:
         source: What was asked.
         hold_blocks: Stop after the first new token and keep the blocks until released.
         order: Sorts requests: higher priority first, then earlier arrival. Set on arrival; preemption keeps it.
+        stop_token_ids: Those of its sampling parameters.
+        max_num_tokens: Tokens, prompt and output, with which it ends at the latest. Set on arrival.
         token_ids: Prompt and output.
         num_prefill_tokens: Tokens known when it was last queued; those after them are decoded.
         num_computed_tokens: Tokens whose KV lies in the blocks.
         block_table: Blocks held, first to last.
         block_hashes: Of the full blocks, as far as they were needed so far.
-        num_planned_blocks: Leading blocks that a step's plan has told of.
         num_committed_blocks: Leading blocks that were offered to the prefix index.
         num_cached_tokens: Tokens found in the prefix cache when it was first admitted.
         num_preemptions: How often its blocks were taken away.
         prompt_logprobs: Gathered over the prompt's chunks; None if not asked for, or delivered.
-        seat: Row in the batch, while it has one.
+        seat: Row in the batch, while it has one; -1 otherwise.
+        decoding: It has a seat, and one token to catch up with.
         computing: Hash of the block it fills next, if others may wait for that; see engine/prefix_waits.py.
         awaiting: Hash of the block that it waits for, while it does.
     """
@@ -83,11 +85,12 @@ class Request:
         "block_hashes",
         "block_table",
         "computing",
+        "decoding",
         "hold_blocks",
+        "max_num_tokens",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
-        "num_planned_blocks",
         "num_preemptions",
         "num_prefill_tokens",
         "num_prompt_tokens",
@@ -96,6 +99,7 @@ class Request:
         "seat",
         "source",
         "status",
+        "stop_token_ids",
         "token_ids",
     )
 
@@ -104,6 +108,8 @@ class Request:
         self.hold_blocks = hold_blocks
         self.order = (-source.priority, 0)
         self.status = RequestStatus.WAITING
+        self.stop_token_ids = frozenset(source.sampling.stop_token_ids)
+        self.max_num_tokens = len(source.prompt_token_ids) + source.sampling.max_tokens
         self.token_ids = [*source.prompt_token_ids, *source.output_token_ids]
         self.num_prompt_tokens = len(source.prompt_token_ids)
         self.num_prefill_tokens = len(self.token_ids)
@@ -112,12 +118,12 @@ class Request:
         self.num_preemptions = 0
         self.block_table: list[int] = []
         self.block_hashes: list[BlockHash] = []
-        self.num_planned_blocks = 0
         self.num_committed_blocks = 0
         # A request that goes on after an earlier attempt's output had its prompt's logprobs then.
         wants_prompt_logprobs = source.sampling.prompt_logprobs is not None and not source.output_token_ids
         self.prompt_logprobs: list[TokenLogprob] | None = [] if wants_prompt_logprobs else None
         self.seat = -1
+        self.decoding = False
         self.computing: BlockHash | None = None
         self.awaiting: BlockHash | None = None
 

@@ -1,10 +1,12 @@
 """Runs a step's plan: lays its tokens end to end, one forward pass, logits of the rows that need them, sampling.
 
-The runner's memory is by seat: a running request's block table and sampling state, written over when the seat gets
-its next request. So nothing need be told when a request ends.
+The runner's memory is by seat: a running request's block table, how far it is computed, its next token, its sampling
+parameters. A decode is carried on from there; the requests themselves are looked at only where a plan says that
+something has changed. A seat's memory is written over when it gets its next request, so nothing need be told when
+one ends.
 """
 
-from itertools import chain
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,10 @@ import torch
 from engine.batch import Batch
 from engine.executor import ModelExecutor
 from engine.request import Request
-from engine.sampler import SamplingState, sample, token_logprobs
-from engine.step import ScheduledRequest, StepPlan, StepResult
+from engine.sampler import Sampler
+from engine.sampling_ops import SamplingOps
+from engine.step import PrefillChunk, StepPlan, StepResult
+from engine.torch_sampling import TorchSampling
 from pdmesh.types import TokenLogprob
 
 # Rows of prompt logits computed at once: vocabularies are large.
@@ -24,12 +28,15 @@ _PROMPT_LOGITS_ROWS = 64
 class ModelRunner:
     """Batches, and what became of them, for one executor. Not thread-safe.
 
+    Every plan must be run, once and in order; after a failure, the requests of its plan are not run again.
+
     Args:
         device: Where the executor computes.
         block_size: Tokens in a KV block.
         vocab_size: Width of the model's logits.
         num_seats: Requests in a batch at most.
         max_blocks: Blocks of a request at most.
+        sampling: Does the sampler's arithmetic.
     """
 
     def __init__(
@@ -41,80 +48,119 @@ class ModelRunner:
         vocab_size: int,
         num_seats: int,
         max_blocks: int,
+        sampling: SamplingOps | None = None,
     ) -> None:
         self._executor = executor
         self._device = device
         self._block_size = block_size
-        self._vocab_size = vocab_size
-        self._block_tables: npt.NDArray[np.int64] = np.zeros((num_seats, max_blocks), dtype=np.int64)
-        self._states: list[SamplingState | None] = [None] * num_seats
+        self._sampler = Sampler(sampling or TorchSampling(), num_seats=num_seats, vocab_size=vocab_size, device=device)
+        # By seat. Behind a request's blocks its row holds zeros.
+        self._block_tables = np.zeros((num_seats, max_blocks), np.int64)
+        self._context_lens = np.zeros(num_seats, np.int64)
+        self._next_ids = np.zeros(num_seats, np.int64)
+        self._decodes: tuple[Request, ...] = ()
+        self._decode_seats = np.zeros(0, np.int64)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """Computes the plan's tokens, writing their KV, and samples where the plan says so. `plan` has at least one."""
+        """Computes the plan's tokens, writing their KV, and samples where it says so. The plan is not empty."""
         batch = self.build_batch(plan)
         hidden = self._executor.forward(batch)
-        result = StepResult(sampled=[])
-        sampling = [item.request for item in plan.scheduled if item.samples]
-        if sampling:
-            states = [self._states[request.seat] or self._new_state(request) for request in sampling]
-            result.sampled.extend(sample(self._executor.logits(hidden[batch.logits_rows]), sampling, states))
-        first_row = 0
-        for item in plan.scheduled:
-            if item.request.prompt_logprobs is not None:
-                result.prompt_logprobs[item.request] = self._prompt_logprobs(item, hidden[first_row:])
-            first_row += item.num_tokens
-        return result
+        self._context_lens[self._decode_seats] += 1
+        first_row = len(plan.decodes)
+        prompt_logprobs = {}
+        for chunk in plan.prefills:
+            self._context_lens[chunk.request.seat] += chunk.num_tokens
+            if chunk.request.prompt_logprobs is not None:
+                prompt_logprobs[chunk.request] = self._prompt_logprobs(chunk, hidden[first_row:])
+            first_row += chunk.num_tokens
+        token_ids, logprobs = self._sample(plan, batch, hidden)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def build_batch(self, plan: StepPlan) -> Batch:
-        """The tensors of a plan. Work in Python is per request; what is per token or per block is numpy's."""
-        scheduled = plan.scheduled
-        for item in scheduled:
-            if item.fresh:
-                self._states[item.request.seat] = None
-            if item.num_new_blocks:
-                table = item.request.block_table
-                first_new = len(table) - item.num_new_blocks
-                self._block_tables[item.request.seat, first_new : len(table)] = table[first_new:]
-        seats = np.array([item.request.seat for item in scheduled])
-        query_lens = np.array([item.num_tokens for item in scheduled])
-        context_lens = np.array([item.request.num_computed_tokens for item in scheduled])
-        seq_lens = query_lens + context_lens
-        ends = query_lens.cumsum()
-        # A token's position: its row, less the sequence's first row, plus the tokens before this step.
-        positions = np.arange(ends[-1]) + np.repeat(seq_lens - ends, query_lens)
-        blocks = self._block_tables[np.repeat(seats, query_lens), positions // self._block_size]
-        slot_mapping = blocks * self._block_size + positions % self._block_size
-        max_blocks = max(len(item.request.block_table) for item in scheduled)
-        block_tables = self._block_tables[seats, :max_blocks]
-        lengths = np.array([len(item.request.block_table) for item in scheduled])
-        block_tables[np.arange(max_blocks) >= lengths[:, None]] = 0
-        token_ids = chain.from_iterable(
-            item.request.token_ids[context_len : context_len + item.num_tokens]
-            for item, context_len in zip(scheduled, context_lens.tolist(), strict=True)
-        )
+        """The tensors of a plan. What is per token, per block or per decode is numpy's work, not Python's."""
+        self._take_in(plan)
+        seats = self._decode_seats
+        input_ids = self._next_ids[seats]
+        positions = self._context_lens[seats]
+        query_lens = np.ones_like(seats)
+        seq_lens = positions + 1
+        token_seats = seats
+        logits_rows = np.arange(len(seats))
+        if plan.prefills:
+            chunks = plan.prefills
+            seats = np.append(seats, [chunk.request.seat for chunk in chunks])
+            query_lens = np.append(query_lens, [chunk.num_tokens for chunk in chunks])
+            seq_lens = self._context_lens[seats] + query_lens
+            ends = query_lens.cumsum()
+            input_ids = np.concatenate((input_ids, *map(_chunk_ids, chunks)))
+            # A token's position: its row, less the sequence's first row, plus the tokens before this step.
+            positions = np.arange(ends[-1]) + np.repeat(seq_lens - ends, query_lens)
+            token_seats = np.repeat(seats, query_lens)
+            last_rows = ends[len(plan.decodes) :] - 1
+            logits_rows = np.append(logits_rows, last_rows[[chunk.samples for chunk in chunks]])
+        blocks, offsets = np.divmod(positions, self._block_size)
         return Batch(
-            input_ids=torch.from_numpy(np.fromiter(token_ids, np.int64, count=int(ends[-1]))).to(self._device),
-            positions=torch.from_numpy(positions).to(self._device),
-            slot_mapping=torch.from_numpy(slot_mapping).to(self._device),
+            input_ids=self._on_device(input_ids),
+            positions=self._on_device(positions),
+            slot_mapping=self._on_device(self._block_tables[token_seats, blocks] * self._block_size + offsets),
             query_lens=query_lens,
             seq_lens=seq_lens,
-            block_tables=torch.from_numpy(block_tables).to(self._device),
-            logits_rows=torch.from_numpy(ends[[item.samples for item in scheduled]] - 1).to(self._device),
+            block_tables=self._on_device(self._block_tables[seats, : blocks.max() + 1]),
+            logits_rows=self._on_device(logits_rows),
         )
 
-    def _new_state(self, request: Request) -> SamplingState:
-        state = self._states[request.seat] = SamplingState(request, self._vocab_size, self._device)
-        return state
+    def _take_in(self, plan: StepPlan) -> None:
+        """What the plan says has changed since the last one."""
+        for request in plan.seated:
+            seat, table = request.seat, request.block_table
+            self._block_tables[seat, : len(table)] = table
+            self._block_tables[seat, len(table) :] = 0
+            self._context_lens[seat] = request.num_computed_tokens
+            self._next_ids[seat] = request.token_ids[-1]
+            self._sampler.seat(request)
+        for request in plan.grown:
+            self._block_tables[request.seat, len(request.block_table) - 1] = request.block_table[-1]
+        if plan.decodes is not self._decodes:
+            self._decodes = plan.decodes
+            self._decode_seats = np.array([request.seat for request in plan.decodes], np.int64)
 
-    def _prompt_logprobs(self, item: ScheduledRequest, hidden: torch.Tensor) -> list[TokenLogprob]:
-        """Of the prompt tokens that follow the item's tokens, each judged by the hidden row before it."""
-        request = item.request
+    def _sample(
+        self, plan: StepPlan, batch: Batch, hidden: torch.Tensor
+    ) -> tuple[list[int], dict[Request, TokenLogprob]]:
+        """The next tokens of those that sample, in the plan's order, and their logprobs."""
+        requests: Sequence[Request] = plan.decodes
+        seats = self._decode_seats
+        if ended := [chunk.request for chunk in plan.prefills if chunk.samples]:
+            requests = [*requests, *ended]
+            seats = np.append(seats, [request.seat for request in ended])
+        if not requests:
+            return [], {}
+        if len(requests) < len(hidden):
+            hidden = hidden[batch.logits_rows]
+        logits = self._executor.logits(hidden)
+        token_ids = self._sampler.sample(logits, requests, seats)
+        self._next_ids[seats] = token_ids
+        return token_ids.tolist(), self._sampler.logprobs(logits, requests, seats, token_ids)
+
+    def _prompt_logprobs(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprob]:
+        """Of the prompt tokens that follow the chunk's tokens, each judged by the hidden row before it."""
+        request = chunk.request
         first = request.num_computed_tokens + 1
-        targets = request.token_ids[first : min(first + item.num_tokens, request.num_prompt_tokens)]
+        targets = request.token_ids[first : min(first + chunk.num_tokens, request.num_prompt_tokens)]
         num_top = request.sampling.prompt_logprobs or 0
         logprobs: list[TokenLogprob] = []
         for start in range(0, len(targets), _PROMPT_LOGITS_ROWS):
             part = targets[start : start + _PROMPT_LOGITS_ROWS]
-            logprobs += token_logprobs(self._executor.logits(hidden[start : start + len(part)]), part, num_top)
+            logits = self._executor.logits(hidden[start : start + len(part)])
+            logprobs += self._sampler.judge(logits, part, num_top)
         return logprobs
+
+    def _on_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _chunk_ids(chunk: PrefillChunk) -> npt.NDArray[np.int64]:
+    request = chunk.request
+    first = request.num_computed_tokens
+    return np.array(request.token_ids[first : first + chunk.num_tokens], np.int64)

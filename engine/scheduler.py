@@ -22,13 +22,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.api import BlockEvents, BlockLease, EngineStatus, ImportedPrompt, PrefillUpdate, TokenOutput
+from engine import outputs
+from engine.api import BlockEvents, BlockLease, EngineStatus, ImportedPrompt
 from engine.block_pool import BlockPool
 from engine.leases import LeaseTable, Reservation
 from engine.ordered import Ordered
+from engine.outputs import StepOutput, StepOutputs
+from engine.prefill_share import StepCostEstimate, max_prefill_tokens
 from engine.prefix_waits import PrefixWaits
 from engine.request import Request, RequestStatus, Stop
-from engine.step import SampledToken, StepBudget, StepOutput, StepPlan, StepResult
+from engine.running import RunningRequests
+from engine.step import PrefillBudget, StepPlan, StepResult
 from pdmesh.errors import InternalError, InvalidRequestError, MeshError
 from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.types import Load
@@ -36,7 +40,15 @@ from pdmesh.types import Load
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of the scheduler; EngineConfig says what each means."""
+    """Limits of the scheduler; EngineConfig says what each means.
+
+    Attributes:
+        num_full_rate_tokens: Prompt tokens with which a step computes at the machine's full rate; a further prompt
+            joins it only below that.
+        max_mixed_slowdown: How many times as long as its decodes alone a step with prompt tokens beside them may take;
+            see engine/prefill_share.py.
+        max_prefill_wait_s: Time in which queued prompts should be computed, even if that slows decodes down more.
+    """
 
     num_blocks: int
     block_size: int
@@ -44,6 +56,9 @@ class SchedulerConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_prefill_chunk: int
+    num_full_rate_tokens: int = 128
+    max_mixed_slowdown: float = 1.75
+    max_prefill_wait_s: float = 2.0
 
     def num_blocks_of(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -76,9 +91,11 @@ class Scheduler:
         self._prefix_waits = PrefixWaits()
         # Imported: they have their blocks and lack a seat.
         self._joining: deque[Request] = deque()
-        self._running: Ordered[Request] = Ordered()
+        self._running = RunningRequests(config.max_num_seqs)
+        # Decodes whose blocks are full, the next token's not there yet.
+        self._outgrown: list[Request] = []
         self._held: set[Request] = set()
-        self._seats = list(reversed(range(config.max_num_seqs)))
+        self._step_cost = StepCostEstimate()
         self._num_queued_tokens = 0
         self._num_waiting_requests = 0
         self._due: list[StepOutput] = []
@@ -87,7 +104,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. One whose earlier output ends it already is answered with the next plan."""
-        request.order = (-request.source.priority, self._next_arrival())
+        self._register(request)
         if request.num_output_tokens and (stop := request.check_stop(self.config.max_model_len)):
             self._finish_at_once(request, stop)
         else:
@@ -102,7 +119,7 @@ class Scheduler:
         if lease not in self._leases:
             self._refuse(request, InternalError("the imported prompt's lease was given back already"))
             return
-        request.order = (-request.source.priority, self._next_arrival())
+        self._register(request)
         request.num_cached_tokens = lease.num_cached_blocks * self.config.block_size
         request.num_committed_blocks = lease.num_cached_blocks
         request.num_computed_tokens = request.num_prefill_tokens = request.num_tokens
@@ -165,43 +182,58 @@ class Scheduler:
     # A step
 
     def schedule(self) -> StepPlan:
-        """Plans the next step; with nothing in `scheduled`, nothing can run until something is added or given back."""
-        budget = StepBudget(self.config.max_num_batched_tokens, self.config.max_prefill_chunk)
-        budget.plan.outputs, self._due = self._due, []
+        """Plans the next step; an empty plan says that nothing can run until something is added or given back."""
+        plan = StepPlan(outputs=self._due)
+        self._due = []
         self._seat_joining()
-        self._schedule_decodes(budget)
-        self._schedule_prefills(budget)
+        self._grow_decodes(plan)
+        plan.decodes = self._running.decoding.snapshot()
+        budget = PrefillBudget(
+            plan, self._max_prefill_tokens(), self.config.max_prefill_chunk, self.config.num_full_rate_tokens
+        )
+        for request in self._running.prefilling:
+            if budget.open:
+                budget.add(request)
         self._serve_waiting(budget)
-        return budget.plan
+        plan.seated = self._running.take_newly_seated()
+        return plan
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[StepOutput]:
+    def update(self, plan: StepPlan, result: StepResult) -> StepOutputs:
         """Takes in what a step computed."""
-        outputs: list[StepOutput] = []
-        sampled = iter(result.sampled)
-        for item in plan.scheduled:
-            request = item.request
-            if request.num_computed_tokens < request.num_prefill_tokens:
-                self._num_queued_tokens -= item.num_tokens
-            request.num_computed_tokens += item.num_tokens
+        made = StepOutputs(logprobs=result.logprobs)
+        token_ids = iter(result.token_ids)
+        for request, token_id in zip(plan.decodes, token_ids, strict=False):
+            request.num_computed_tokens += 1
+            if not request.num_computed_tokens % self.config.block_size:
+                self._commit_full_blocks(request)
+                self._note_full_blocks(request)
+            self._append_token(request, token_id, made)
+        for request, num_tokens, samples in plan.prefills:
+            self._num_queued_tokens -= num_tokens
+            request.num_computed_tokens += num_tokens
             self._commit_full_blocks(request)
             if request.prompt_logprobs is not None:
                 request.prompt_logprobs += result.prompt_logprobs[request]
-            if item.samples:
-                outputs.append(self._append_token(request, next(sampled)))
+            if samples:
+                self._end_prefill(request, next(token_ids), made)
             elif request.hold_blocks:
-                outputs.append(StepOutput(request, self._prefill_update(request), last=False))
-        return outputs
+                made.events.append(StepOutput(request, outputs.progress(request, self.config.block_size), last=False))
+        return made
 
-    def fail(self, plan: StepPlan, error: MeshError) -> list[StepOutput]:
+    def record_duration(self, num_tokens: int, duration_s: float) -> None:
+        """Tells how long a step of so many tokens took: what later steps of prompts and decodes are measured by."""
+        self._step_cost.record(num_tokens, duration_s)
+
+    def fail(self, plan: StepPlan, error: MeshError) -> StepOutputs:
         """Ends the requests of a step that failed, also those whose outputs an `update` that failed half-way lost."""
-        for item in plan.scheduled:
-            if item.request.status is RequestStatus.RUNNING:
-                if item.request.hold_blocks:
+        for request in plan.requests:
+            if request.status is RequestStatus.RUNNING:
+                if request.hold_blocks:
                     # Its holder may be reading the blocks that it was told of: they stay until it lets go.
-                    self._hold(item.request)
+                    self._hold(request)
                 else:
-                    self._end(item.request, RequestStatus.FAILED)
-        return [StepOutput(item.request, error, last=True) for item in plan.scheduled]
+                    self._end(request, RequestStatus.FAILED)
+        return StepOutputs(events=[StepOutput(request, error, last=True) for request in plan.requests])
 
     # What it holds
 
@@ -231,56 +263,57 @@ class Scheduler:
         """Raises AssertionError where requests, leases and pool contradict each other. For tests: O(everything)."""
         self.pool.check_invariants()
         waiting = [entry for entry in self._waiting if isinstance(entry, Request)]
-        active = [*self._running, *self._joining, *self._held]
+        self._running.check_invariants(self.config.block_size)
+        active = [*self._running.decoding, *self._running.prefilling, *self._joining, *self._held]
         holders = [block_id for request in active for block_id in request.block_table] + self._leases.held_blocks()
         self.pool.check_holders(holders)
         assert len(waiting) + len(self._prefix_waits) == self._num_waiting_requests
         assert all(request.status is RequestStatus.WAITING and not request.block_table for request in waiting)
-        assert len(self._seats) + len(self._running) == self.config.max_num_seqs
-        assert len({request.seat for request in self._running}) == len(self._running)
-        for request in [*self._running, *self._joining]:
-            assert 0 <= request.num_computed_tokens < request.num_tokens
-            assert request.num_computed_tokens <= len(request.block_table) * self.config.block_size
         if not waiting and not active and not self._prefix_waits:
             assert self._num_queued_tokens == 0, f"{self._num_queued_tokens} tokens queued by nobody"
 
     # Scheduling
 
     def _seat_joining(self) -> None:
-        while self._joining and self._seats:
-            self._take_seat(self._joining.popleft())
+        while self._joining and not self._running.full:
+            request = self._joining.popleft()
+            self._running.seat(request, decoding=True)
+            self._note_full_blocks(request)
 
-    def _schedule_decodes(self, budget: StepBudget) -> None:
-        index = 0
-        while index < len(self._running):
-            request = self._running[index]
-            if request.num_tokens - request.num_computed_tokens > 1:
-                index += 1
-            elif self._grow(request):
-                budget.add(request)
-                index += 1
+    def _note_full_blocks(self, request: Request) -> None:
+        """Has a decoding request get another block with the next plan, if it needs one."""
+        if request.num_computed_tokens == len(request.block_table) * self.config.block_size:
+            self._outgrown.append(request)
 
-    def _grow(self, request: Request) -> bool:
-        """Makes room for the token that a decoding request computes next; False if it had to be preempted itself."""
-        if request.num_tokens <= len(request.block_table) * self.config.block_size:
-            return True
-        while self.pool.num_free_blocks == 0:
-            # Victims come after `request` in order, so none of them is in the plan yet.
-            victim = next(running for running in reversed(self._running) if not running.hold_blocks)
-            self._preempt(victim)
-            if victim is request:
-                return False
-        request.block_table += self.pool.allocate(1)
-        return True
+    def _grow_decodes(self, plan: StepPlan) -> None:
+        """Makes room for the token that each decoding request computes next, or takes it out of the batch."""
+        for request in sorted(self._outgrown, key=lambda request: request.order):
+            # Victims come after `request` in order, so none of them has grown in this plan.
+            while request.decoding and not self.pool.num_free_blocks:
+                self._preempt(self._running.last_preemptible())
+            if request.decoding:
+                request.block_table += self.pool.allocate(1)
+                plan.grown.append(request)
+        self._outgrown.clear()
 
-    def _schedule_prefills(self, budget: StepBudget) -> None:
-        for request in self._running:
-            if not budget.num_tokens:
-                break
-            if request.num_tokens - request.num_computed_tokens > 1:
-                budget.add(request)
+    def _max_prefill_tokens(self) -> int:
+        """What decodes leave of the next step, and how much of that is good for them."""
+        config = self.config
+        num_decodes = len(self._running.decoding)
+        num_left = config.max_num_batched_tokens - num_decodes
+        cost = self._step_cost.cost
+        if not num_decodes or cost is None:
+            return num_left
+        limit = max_prefill_tokens(
+            cost,
+            num_decodes,
+            self._num_queued_tokens,
+            max_slowdown=config.max_mixed_slowdown,
+            max_wait_s=config.max_prefill_wait_s,
+        )
+        return num_left if limit is None else min(limit, num_left)
 
-    def _serve_waiting(self, budget: StepBudget) -> None:
+    def _serve_waiting(self, budget: PrefillBudget) -> None:
         """Serves the queue in its order until its head lacks something."""
         while self._waiting:
             head = self._waiting[0]
@@ -290,10 +323,10 @@ class Scheduler:
                 self._waiting.remove(head)
                 self._leases.grant(head)
                 budget.plan.granted.append(head)
-            elif not (self._seats and budget.num_tokens and self._start_or_park(head, budget)):
+            elif self._running.full or not budget.open or not self._start_or_park(head, budget):
                 break
 
-    def _start_or_park(self, request: Request, budget: StepBudget) -> bool:
+    def _start_or_park(self, request: Request, budget: PrefillBudget) -> bool:
         """Takes the head out of the queue; False if it must stay, for lack of blocks."""
         size = self.config.block_size
         num_full = request.num_tokens // size
@@ -320,22 +353,18 @@ class Scheduler:
         request.num_computed_tokens = len(cached) * size
         self._num_queued_tokens -= request.num_computed_tokens
         self._announce_next_block(request)
-        self._take_seat(request)
+        request.status = RequestStatus.RUNNING
+        self._running.seat(request, decoding=False)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
             if request.hold_blocks:
-                budget.plan.outputs.append(StepOutput(request, self._prefill_update(request), last=False))
+                budget.plan.outputs.append(StepOutput(request, outputs.progress(request, size), last=False))
         budget.add(request)
         return True
 
     def _num_spare_blocks(self) -> int:
         """Blocks that newcomers may take: running requests keep some to grow into, lest they be preempted at once."""
         return self.pool.num_free_blocks - min(len(self._running), self.config.max_headroom_blocks)
-
-    def _take_seat(self, request: Request) -> None:
-        request.status = RequestStatus.RUNNING
-        request.seat = self._seats.pop()
-        self._running.add(request)
 
     def _preempt(self, request: Request) -> None:
         request.num_preemptions += 1
@@ -371,58 +400,44 @@ class Scheduler:
         for waiter in self._prefix_waits.settle(request):
             self._waiting.add(waiter)
 
-    def _append_token(self, request: Request, sampled: SampledToken) -> StepOutput:
-        index = request.num_output_tokens
-        request.token_ids.append(sampled.token_id)
-        stop = request.check_stop(self.config.max_model_len)
-        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        output = TokenOutput(
-            first_token_index=index,
-            token_ids=(sampled.token_id,),
-            logprobs=() if sampled.logprob is None else (sampled.logprob,),
-            prompt_logprobs=tuple(prompt_logprobs or ()),
-            num_cached_tokens=self._num_cached_prompt_tokens(request),
-            finish_reason=stop.reason if stop else None,
-            matched_token_id=stop.matched_token_id if stop else None,
-        )
+    def _append_token(self, request: Request, token_id: int, made: StepOutputs) -> None:
+        """Takes in the token that a decode or the end of a prompt made; ends the request if it is the last."""
+        token_ids = request.token_ids
+        token_ids.append(token_id)
+        stop = None
+        if token_id in request.stop_token_ids or len(token_ids) >= request.max_num_tokens:
+            stop = request.check_stop(self.config.max_model_len)
+            if stop is not None and not request.hold_blocks:
+                self._end(request, RequestStatus.FINISHED)
+        made.tokens.append((request, len(token_ids) - request.num_prompt_tokens - 1, token_id, stop))
+
+    def _end_prefill(self, request: Request, token_id: int, made: StepOutputs) -> None:
+        if request.prompt_logprobs is not None:
+            made.prompt_logprobs[request] = request.prompt_logprobs
+            request.prompt_logprobs = None
+        self._append_token(request, token_id, made)
         if request.hold_blocks:
-            update = self._prefill_update(request, output)
+            output = made.token_output(made.tokens.pop())
+            event = outputs.progress(request, self.config.block_size, output)
+            made.events.append(StepOutput(request, event, last=True))
             self._hold(request)
-            return StepOutput(request, update, last=True)
-        if stop:
-            self._end(request, RequestStatus.FINISHED)
-        return StepOutput(request, output, last=stop is not None)
-
-    def _prefill_update(self, request: Request, output: TokenOutput | None = None) -> PrefillUpdate:
-        num_blocks = self.config.num_blocks_of(request.num_computed_tokens)
-        return PrefillUpdate(
-            num_cached_tokens=request.num_cached_tokens or 0,
-            num_computed_tokens=request.num_computed_tokens,
-            block_ids=tuple(request.block_table[:num_blocks]),
-            output=output,
-        )
-
-    def _num_cached_prompt_tokens(self, request: Request) -> int:
-        return min(request.num_cached_tokens or 0, request.num_prompt_tokens)
+        elif request.status is RequestStatus.RUNNING:
+            self._running.begin_decoding(request)
+            self._note_full_blocks(request)
 
     def _finish_at_once(self, request: Request, stop: Stop) -> None:
-        """Answers a request that has nothing left to generate."""
         request.status = RequestStatus.FINISHED
-        output = TokenOutput(
-            first_token_index=request.num_output_tokens,
-            token_ids=(),
-            num_cached_tokens=self._num_cached_prompt_tokens(request),
-            finish_reason=stop.reason,
-            matched_token_id=stop.matched_token_id,
-        )
-        event = PrefillUpdate(0, 0, (), output) if request.hold_blocks else output
-        self._due.append(StepOutput(request, event, last=True))
+        self._due.append(outputs.nothing_to_generate(request, stop))
 
     def _refuse(self, request: Request, error: MeshError) -> None:
         request.status = RequestStatus.FAILED
         self._due.append(StepOutput(request, error, last=True))
 
     # Places
+
+    def _register(self, request: Request) -> None:
+        request.order = (-request.source.priority, self._next_arrival())
+        request.max_num_tokens = min(request.max_num_tokens, self.config.max_model_len)
 
     def _next_arrival(self) -> int:
         self._num_arrivals += 1
@@ -464,10 +479,8 @@ class Scheduler:
             return
         self._wake(request)
         self._running.remove(request)
-        self._seats.append(request.seat)
-        request.seat = -1
 
     def _free_blocks(self, request: Request) -> None:
         self.pool.free(request.block_table)
         request.block_table = []
-        request.num_committed_blocks = request.num_planned_blocks = 0
+        request.num_committed_blocks = 0

@@ -1,39 +1,27 @@
-"""The messages of one step: scheduler ─StepPlan▶ runner ─StepResult▶ scheduler ─StepOutput▶ streams.
+"""The messages of one step: scheduler ─StepPlan▶ runner ─StepResult▶ scheduler ─StepOutputs▶ streams.
 
-What is made for each request in each step is a named tuple: it costs a third of a frozen dataclass.
+A step's decodes are one tuple of requests, the same object for as long as the same requests decode: whoever keeps
+something for each of them makes it anew only when they change.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.api import PrefillUpdate, TokenOutput
 from engine.leases import Reservation
+from engine.outputs import StepOutput
 from engine.request import Request
-from pdmesh.errors import MeshError
 from pdmesh.types import TokenLogprob
 
 
-class StepOutput(NamedTuple):
-    """What one request is told. `last` ends its stream."""
-
-    request: Request
-    event: TokenOutput | PrefillUpdate | MeshError
-    last: bool
-
-
-class ScheduledRequest(NamedTuple):
-    """A request's part in a step: its next `num_tokens` tokens are computed.
+class PrefillChunk(NamedTuple):
+    """A prompt's part in a step: its next `num_tokens` tokens are computed.
 
     Attributes:
-        num_new_blocks: Blocks at the end of its block table that no plan told of before.
-        fresh: It got its seat since the last plan that had it.
         samples: These are the last tokens known, so the next one is sampled.
     """
 
     request: Request
     num_tokens: int
-    num_new_blocks: int
-    fresh: bool
     samples: bool
 
 
@@ -42,39 +30,66 @@ class StepPlan:
     """What the next step computes.
 
     Attributes:
-        scheduled: Decoding requests first.
+        decodes: Each computes its last token and samples the next one.
+        prefills: Chunks of prompts; they come after the decodes.
+        seated: Requests of this step that got their seats since the last one.
+        grown: Decodes whose block table got one more block.
         outputs: Due before the step runs.
         granted: Reservations that have their blocks now.
     """
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    decodes: tuple[Request, ...] = ()
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    seated: list[Request] = field(default_factory=list)
+    grown: list[Request] = field(default_factory=list)
     outputs: list[StepOutput] = field(default_factory=list)
     granted: list[Reservation] = field(default_factory=list)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to run."""
+        return not (self.decodes or self.prefills)
 
-class StepBudget:
-    """What is left of one step while its plan is made; thrown away after."""
+    @property
+    def requests(self) -> list[Request]:
+        """Whoever takes part."""
+        return [*self.decodes, *(chunk.request for chunk in self.prefills)]
 
-    def __init__(self, num_tokens: int, max_prefill_chunk: int) -> None:
-        self.plan = StepPlan()
-        self.num_tokens = num_tokens
-        self._max_prefill_chunk = max_prefill_chunk
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+
+
+class PrefillBudget:
+    """The prompt tokens that one step may compute, while its plan is made; thrown away after.
+
+    Args:
+        num_tokens: Most tokens in all.
+        max_chunk: Most tokens of one request.
+        num_full_rate_tokens: With so many the step computes at the machine's full rate: no further prompt joins, for
+            it would only keep the others waiting.
+    """
+
+    def __init__(self, plan: StepPlan, num_tokens: int, max_chunk: int, num_full_rate_tokens: int) -> None:
+        self.plan = plan
+        self._num_tokens = num_tokens
+        self._max_chunk = max_chunk
+        self._num_full_rate_tokens = num_full_rate_tokens
+        self._num_planned = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether one more prompt may join."""
+        return self._num_planned < min(self._num_tokens, self._num_full_rate_tokens)
 
     def add(self, request: Request) -> None:
-        """Plans as many of the request's tokens as fit; at least one token must be left."""
+        """Plans as many of the request's tokens as fit. The budget must be open, and at least one token missing."""
         num_missing = request.num_tokens - request.num_computed_tokens
-        num_tokens = min(num_missing, self._max_prefill_chunk, self.num_tokens)
+        num_tokens = min(num_missing, self._max_chunk, self._num_tokens - self._num_planned)
         assert num_tokens > 0, "nothing left to plan with"
-        self.num_tokens -= num_tokens
-        num_told = request.num_planned_blocks
-        num_held = request.num_planned_blocks = len(request.block_table)
-        item = ScheduledRequest(request, num_tokens, num_held - num_told, num_told == 0, num_tokens == num_missing)
-        self.plan.scheduled.append(item)
-
-
-class SampledToken(NamedTuple):
-    token_id: int
-    logprob: TokenLogprob | None = None
+        self._num_planned += num_tokens
+        self.plan.prefills.append(PrefillChunk(request, num_tokens, num_tokens == num_missing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +97,11 @@ class StepResult:
     """What the runner made of a plan.
 
     Attributes:
-        sampled: For each scheduled request that samples, in order.
+        token_ids: The token sampled for each decode, then for each chunk that samples, in order.
+        logprobs: Of the sampled tokens, for requests that want them.
         prompt_logprobs: For requests that want them: those of the prompt tokens after this step's ones.
     """
 
-    sampled: list[SampledToken]
+    token_ids: list[int]
+    logprobs: dict[Request, TokenLogprob] = field(default_factory=dict)
     prompt_logprobs: dict[Request, list[TokenLogprob]] = field(default_factory=dict)

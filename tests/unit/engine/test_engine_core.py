@@ -1,6 +1,8 @@
 """Random traffic through scheduler, runner and a KV cache: every token is the right one, and nothing is left behind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, cycle
 
 import torch
 from hypothesis import given, settings
@@ -11,10 +13,10 @@ from engine.core import EngineCore
 from engine.executor import TorchExecutor
 from engine.kv_cache import KVCache
 from engine.leases import Reservation
+from engine.outputs import StepOutput
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.step import StepOutput
 from pdmesh.errors import InternalError
 from pdmesh.sampling import SamplingParams
 from tests.fake_model import FAKE_CONFIG, FakeModel, fake_next, fake_output
@@ -23,9 +25,15 @@ CPU = torch.device("cpu")
 
 
 class Harness:
-    """A core around a fake model, stepped by hand; its KV cache begins as NaN."""
+    """A core around a fake model, stepped by hand; its KV cache begins as NaN.
 
-    def __init__(self, config: SchedulerConfig, model: FakeModel | None = None) -> None:
+    Args:
+        durations_s: What steps take, over and over.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, model: FakeModel | None = None, durations_s: Sequence[float] = (0.01,)
+    ) -> None:
         self.scheduler = Scheduler(config)
         self.cache = KVCache(
             FAKE_CONFIG, num_blocks=config.num_blocks, block_size=config.block_size, dtype=torch.float32, device=CPU
@@ -39,7 +47,9 @@ class Harness:
             num_seats=config.max_num_seqs,
             max_blocks=config.max_request_blocks,
         )
-        self.core = EngineCore(self.scheduler, runner)
+        # Read before and after each step.
+        ticks = accumulate(chain.from_iterable((1.0, duration_s) for duration_s in cycle(durations_s)))
+        self.core = EngineCore(self.scheduler, runner, clock=lambda: next(ticks))
 
     def step(self) -> list[StepOutput]:
         outputs = self.core.step()
@@ -126,6 +136,9 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 12)),
         max_prefill_chunk=draw(st.integers(1, 12)),
+        num_full_rate_tokens=draw(st.integers(1, 12)),
+        max_mixed_slowdown=draw(st.floats(1.0, 4.0)),
+        max_prefill_wait_s=draw(st.floats(0.0, 1.0)),
     )
 
 
@@ -233,9 +246,15 @@ class Traffic:
 
 
 @settings(max_examples=150, deadline=None)
-@given(config=configs(), plays=st.lists(arrivals(), min_size=1, max_size=8))
-def test_every_request_gets_the_tokens_that_it_gets_alone(config: SchedulerConfig, plays: list[Arrival]) -> None:
-    harness = Harness(config)
+@given(
+    config=configs(),
+    plays=st.lists(arrivals(), min_size=1, max_size=8),
+    durations_s=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=5),
+)
+def test_every_request_gets_the_tokens_that_it_gets_alone(
+    config: SchedulerConfig, plays: list[Arrival], durations_s: list[float]
+) -> None:
+    harness = Harness(config, durations_s=durations_s)
     traffic = Traffic(harness, plays)
     traffic.run()
     for request in traffic.requests:

@@ -1,43 +1,65 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from engine.api import EngineRequest
 from engine.counter_rng import stream_key
 from engine.request import Request
-from engine.sampler import SamplingState, sample
-from engine.step import SampledToken
+from engine.sampler import Sampler
+from engine.torch_sampling import TorchSampling
 from pdmesh.errors import InternalError
 from pdmesh.sampling import SamplingParams
+from pdmesh.types import TokenLogprob
 from tests.unit.engine.plain_squares import plain_squares32
 
 CPU = torch.device("cpu")
 PROMPT = (1, 2)
 
 
-def draw(
-    logits: Sequence[float], params: SamplingParams, output: Sequence[int] = (), completion: int = 0
-) -> SampledToken:
+def seated(requests: Sequence[Request], vocab_size: int) -> Sampler:
+    """A sampler in which each request has the seat of its place."""
+    sampler = Sampler(TorchSampling(), num_seats=len(requests), vocab_size=vocab_size, device=CPU)
+    for seat, request in enumerate(requests):
+        request.seat = seat
+        sampler.seat(request)
+    return sampler
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    seats = np.arange(len(requests))
+    return [int(token_id) for token_id in seated(requests, logits.shape[1]).sample(logits, requests, seats)]
+
+
+def request_after(params: SamplingParams, output: Sequence[int] = (), completion: int = 0) -> Request:
+    """One that has PROMPT + output."""
+    return Request(EngineRequest("r", PROMPT, params, output_token_ids=tuple(output), completion_index=completion))
+
+
+def draw(logits: Sequence[float], params: SamplingParams, output: Sequence[int] = (), completion: int = 0) -> int:
     """The token that follows PROMPT + output."""
-    request = Request(EngineRequest("r", PROMPT, params, output_token_ids=tuple(output), completion_index=completion))
-    state = SamplingState(request, len(logits), CPU)
-    [sampled] = sample(torch.tensor([logits], dtype=torch.float32), [request], [state])
-    return sampled
+    [token_id] = sample(torch.tensor([logits], dtype=torch.float32), [request_after(params, output, completion)])
+    return token_id
+
+
+def draw_with_logprob(
+    logits: Sequence[float], params: SamplingParams, output: Sequence[int] = ()
+) -> tuple[int, TokenLogprob]:
+    """The token that follows PROMPT + output, and its logprob."""
+    request, row, seats = request_after(params, output), torch.tensor([logits]), np.arange(1)
+    sampler = seated([request], len(logits))
+    token_ids = sampler.sample(row, [request], seats)
+    return int(token_ids[0]), sampler.logprobs(row, [request], seats, token_ids)[request]
 
 
 def frequencies(logits: Sequence[float], params: SamplingParams, num_draws: int = 4000) -> list[float]:
     """How often each token comes, over outputs 0, 1, … of one seed."""
-    requests, states = [], []
-    for index in range(num_draws):
-        request = Request(EngineRequest("r", PROMPT, params, output_token_ids=(0,) * index))
-        requests.append(request)
-        states.append(SamplingState(request, len(logits), CPU))
-    sampled = sample(torch.tensor([logits] * num_draws, dtype=torch.float32), requests, states)
+    requests = [request_after(params, (0,) * index) for index in range(num_draws)]
     counts = [0] * len(logits)
-    for token in sampled:
-        counts[token.token_id] += 1
+    for token_id in sample(torch.tensor([logits] * num_draws, dtype=torch.float32), requests):
+        counts[token_id] += 1
     return [count / num_draws for count in counts]
 
 
@@ -47,7 +69,7 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def test_greedy_takes_the_likeliest() -> None:
-    assert draw([0.0, 3.0, 1.0], SamplingParams(temperature=0.0)) == SampledToken(1)
+    assert draw([0.0, 3.0, 1.0], SamplingParams(temperature=0.0)) == 1
 
 
 def test_draws_follow_the_softmax() -> None:
@@ -69,7 +91,7 @@ def test_a_draw_is_the_function_of_seed_completion_index_and_token_that_it_is_sa
             uniform = (plain_squares32(index << 32 | token_id, key) + 0.5) / 2**32
             scores.append(logit / 0.7 - math.log(-math.log(uniform)))
         drawn = draw(logits, SamplingParams(temperature=0.7, seed=seed), output=(0,) * index, completion=completion)
-        assert drawn.token_id == max(range(5), key=scores.__getitem__)
+        assert drawn == max(range(5), key=scores.__getitem__)
 
 
 def test_rounding_noise_leaves_draws_as_they_are() -> None:
@@ -78,9 +100,8 @@ def test_rounding_noise_leaves_draws_as_they_are() -> None:
     logits = torch.zeros(400, 1000)
     noisy = logits + 1e-6 * torch.randn(logits.shape, generator=generator)
     params = SamplingParams(temperature=1.0, seed=3)
-    requests = [Request(EngineRequest("r", PROMPT, params, output_token_ids=(0,) * i)) for i in range(400)]
-    states = [SamplingState(request, 1000, CPU) for request in requests]
-    assert sample(logits, requests, states) == sample(noisy, requests, states)
+    requests = [request_after(params, (0,) * index) for index in range(400)]
+    assert sample(logits, requests) == sample(noisy, requests)
 
 
 def test_a_batch_draws_what_each_of_its_rows_draws_alone() -> None:
@@ -94,12 +115,25 @@ def test_a_batch_draws_what_each_of_its_rows_draws_alone() -> None:
         SamplingParams(temperature=1.0, min_p=0.2, seed=4),
         SamplingParams(temperature=1.0, top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.5, seed=5, logprobs=2),
     ]
-    requests = [Request(EngineRequest("r", PROMPT, p)) for p in params]
-    states = [SamplingState(request, 50, CPU) for request in requests]
+    requests = [request_after(p) for p in params]
+    sampler, seats = seated(requests, 50), np.arange(6)
     alone = [draw(row, p) for row, p in zip(logits.tolist(), params, strict=True)]
-    together = sample(logits, requests, states)
-    assert [token.token_id for token in together] == [token.token_id for token in alone]
-    assert together[5].logprob == alone[5].logprob
+    _, alone_logprob = draw_with_logprob(logits[5].tolist(), params[5])
+    together = sampler.sample(logits, requests, seats)
+    assert together.tolist() == alone
+    assert sampler.logprobs(logits, requests, seats, together) == {requests[5]: alone_logprob}
+
+
+def test_a_seat_forgets_its_last_request() -> None:
+    picky = SamplingParams(temperature=1.0, top_k=1, repetition_penalty=9.0, logit_bias={0: 9.0}, logprobs=1, seed=3)
+    first, second = request_after(picky), request_after(SamplingParams(temperature=0.0))
+    sampler, seats = seated([first], 3), np.arange(1)
+    second.seat = 0
+    sampler.seat(second)
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    token_ids = sampler.sample(logits, [second], seats)
+    assert token_ids.tolist() == [1]
+    assert sampler.logprobs(logits, [second], seats, token_ids) == {}
 
 
 # Probabilities 0.4, 0.3, 0.2, 0.1.
@@ -151,7 +185,7 @@ def test_top_p_may_reach_far_into_a_flat_distribution() -> None:
 
 
 def test_tiny_and_huge_temperatures() -> None:
-    assert draw([0.0, 3.0, 1.0], SamplingParams(temperature=1e-30)).token_id == 1
+    assert draw([0.0, 3.0, 1.0], SamplingParams(temperature=1e-30)) == 1
     drawn = frequencies([0.0, 3.0], SamplingParams(temperature=100.0, seed=8))
     assert abs(drawn[1] - softmax([0.0, 0.03])[1]) < 0.032
 
@@ -161,9 +195,8 @@ def test_tiny_and_huge_temperatures() -> None:
 
 def logits_after(logits: Sequence[float], params: SamplingParams, output: Sequence[int] = ()) -> list[float]:
     """What the edits leave, up to a constant: the log-probability of each token by hand of its logprobs."""
-    sampled = draw(logits, params, output)
-    assert sampled.logprob is not None
-    return [dict(sampled.logprob.top)[token_id] for token_id in range(len(logits))]
+    _, logprob = draw_with_logprob(logits, params, output)
+    return [dict(logprob.top)[token_id] for token_id in range(len(logits))]
 
 
 def log_softmax(logits: Sequence[float]) -> list[float]:
@@ -197,37 +230,35 @@ def test_edits(params: Mapping[str, object], output: Sequence[int], edited: list
 def test_counts_grow_as_tokens_come() -> None:
     params = SamplingParams(temperature=0.0, frequency_penalty=1.0, presence_penalty=0.5, repetition_penalty=1.1)
     logits = [5.0, 6.0, 3.0, 5.5]
-    request = Request(EngineRequest("r", PROMPT, params))
-    state = SamplingState(request, 4, CPU)
+    request = request_after(params)
+    sampler = seated([request], 4)
     for _ in range(8):
-        [sampled] = sample(torch.tensor([logits]), [request], [state])
-        # A state made anew from the tokens says the same.
-        assert sampled == draw(logits, params, request.token_ids[2:])
-        request.token_ids.append(sampled.token_id)
+        [token_id] = sampler.sample(torch.tensor([logits]), [request], np.arange(1)).tolist()
+        # One made anew from the tokens says the same.
+        assert token_id == draw(logits, params, request.token_ids[2:])
+        request.token_ids.append(token_id)
     assert len(set(request.token_ids[2:])) > 1
 
 
 def test_stop_tokens_are_masked_until_min_tokens_are_out() -> None:
     params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(1,))
     logits = [1.0, 9.0, 0.0]
-    assert [draw(logits, params, (0,) * n).token_id for n in range(4)] == [0, 0, 1, 1]
+    assert [draw(logits, params, (0,) * n) for n in range(4)] == [0, 0, 1, 1]
 
 
 def test_logprobs_are_of_before_temperature_and_truncation() -> None:
     logits = [0.0, 1.0, 2.0]
-    sampled = draw(logits, SamplingParams(temperature=0.3, top_k=1, logprobs=2))
-    assert sampled.logprob is not None
-    assert sampled.token_id == sampled.logprob.token_id == 2
+    token_id, logprob = draw_with_logprob(logits, SamplingParams(temperature=0.3, top_k=1, logprobs=2))
+    assert token_id == logprob.token_id == 2
     expected = log_softmax(logits)
-    assert sampled.logprob.logprob == pytest.approx(expected[2], abs=1e-6)
-    assert [token_id for token_id, _ in sampled.logprob.top] == [2, 1]
-    assert [value for _, value in sampled.logprob.top] == pytest.approx([expected[2], expected[1]], abs=1e-6)
+    assert logprob.logprob == pytest.approx(expected[2], abs=1e-6)
+    assert [token_id for token_id, _ in logprob.top] == [2, 1]
+    assert [value for _, value in logprob.top] == pytest.approx([expected[2], expected[1]], abs=1e-6)
 
 
 def test_logprobs_without_alternatives() -> None:
-    sampled = draw([0.0, 1.0], SamplingParams(temperature=0.0, logprobs=0))
-    assert sampled.logprob is not None
-    assert sampled.logprob.top == ()
+    _, logprob = draw_with_logprob([0.0, 1.0], SamplingParams(temperature=0.0, logprobs=0))
+    assert logprob.top == ()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -6,9 +6,10 @@ import pytest
 
 from engine.api import BlockLease, EngineRequest, ImportedPrompt, PrefillUpdate, TokenOutput
 from engine.leases import Reservation
+from engine.outputs import StepOutput
 from engine.request import Request, RequestStatus
 from engine.scheduler import Scheduler, SchedulerConfig
-from engine.step import SampledToken, StepOutput, StepPlan, StepResult
+from engine.step import PrefillChunk, StepPlan, StepResult
 from pdmesh.errors import InternalError, InvalidRequestError
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import FinishReason
@@ -37,21 +38,24 @@ def request(
 
 def run(scheduler: Scheduler, plan: StepPlan) -> list[StepOutput]:
     """Runs and takes in a plan, and checks that everything still agrees."""
-    sampling = [item.request for item in plan.scheduled if item.samples]
-    result = StepResult([SampledToken(fake_next(r.token_ids)) for r in sampling])
-    for item in plan.scheduled:
-        if item.request.prompt_logprobs is not None:
-            result.prompt_logprobs[item.request] = []
-    outputs = scheduler.update(plan, result)
+    sampling = [*plan.decodes, *(chunk.request for chunk in plan.prefills if chunk.samples)]
+    judged = [chunk.request for chunk in plan.prefills if chunk.request.prompt_logprobs is not None]
+    result = StepResult([fake_next(r.token_ids) for r in sampling], prompt_logprobs={r: [] for r in judged})
+    outputs = list(scheduler.update(plan, result))
     scheduler.check_invariants()
     return outputs
+
+
+def scheduled(plan: StepPlan) -> list[tuple[Request, int]]:
+    """How many tokens the plan computes of whom."""
+    return [(r, 1) for r in plan.decodes] + [(chunk.request, chunk.num_tokens) for chunk in plan.prefills]
 
 
 def step(scheduler: Scheduler) -> list[tuple[Request, int]]:
     """One whole step; returns how many tokens it computed of whom."""
     plan = scheduler.schedule()
     run(scheduler, plan)
-    return [(item.request, item.num_tokens) for item in plan.scheduled]
+    return scheduled(plan)
 
 
 def drain(scheduler: Scheduler) -> None:
@@ -79,13 +83,16 @@ def test_one_request_from_prompt_to_end() -> None:
 
     # Step 1: a chunk of the prompt; blocks for all of it are there.
     plan = scheduler.schedule()
-    assert [(i.num_tokens, i.num_new_blocks, i.fresh, i.samples) for i in plan.scheduled] == [(8, 3, True, False)]
+    assert plan.prefills == [PrefillChunk(a, 8, samples=False)]
+    assert plan.seated == [a]
+    assert len(a.block_table) == 3
     assert run(scheduler, plan) == []
     assert scheduler.load().num_queued_tokens == 2
 
     # Step 2: the rest, and the first token.
     plan = scheduler.schedule()
-    assert [(i.num_tokens, i.num_new_blocks, i.fresh, i.samples) for i in plan.scheduled] == [(2, 0, False, True)]
+    assert plan.prefills == [PrefillChunk(a, 2, samples=True)]
+    assert plan.seated == []
     [output] = run(scheduler, plan)
     first, second = fake_output(range(10), 2)
     assert output == StepOutput(a, TokenOutput(first_token_index=0, token_ids=(first,)), last=False)
@@ -97,7 +104,7 @@ def test_one_request_from_prompt_to_end() -> None:
     assert output == StepOutput(a, expected, last=True)
     assert a.finished
     assert_whole(scheduler)
-    assert not scheduler.schedule().scheduled
+    assert scheduler.schedule().empty
 
 
 def test_decodes_come_before_prefill_chunks_and_share_the_budget() -> None:
@@ -147,7 +154,7 @@ def test_prefix_is_reused_but_one_token_is_always_computed() -> None:
     drain(scheduler)
     scheduler.add(longer)
     plan = scheduler.schedule()
-    assert [(item.request, item.num_tokens) for item in plan.scheduled] == [(longer, 1)]
+    assert scheduled(plan) == [(longer, 1)]
     [output] = run(scheduler, plan)
     assert isinstance(output.event, TokenOutput)
     assert output.event.num_cached_tokens == 8
@@ -207,7 +214,7 @@ def test_those_who_wait_for_a_prefix_go_on_when_its_request_is_gone(how: str) ->
     scheduler.add(first)
     scheduler.add(second)
     plan = scheduler.schedule()
-    assert [item.request for item in plan.scheduled] == [first]
+    assert plan.requests == [first]
     if how == "abort":
         run(scheduler, plan)
         scheduler.abort(first)
@@ -278,7 +285,7 @@ def test_held_request_tells_progress_and_keeps_its_blocks_until_released() -> No
     token = TokenOutput(0, (fake_next(range(14)),), num_cached_tokens=4)
     assert output == StepOutput(held, PrefillUpdate(4, 14, blocks, token), last=True)
 
-    assert not scheduler.schedule().scheduled
+    assert scheduler.schedule().empty
     assert scheduler.status(0).num_free_blocks == 16 - 4
     assert scheduler.load().num_running == 0
     scheduler.abort(held)
@@ -319,7 +326,7 @@ def test_a_failed_step_ends_its_requests_and_no_other() -> None:
         scheduler.add(r)
     error = InternalError("the step failed")
     outputs = scheduler.fail(scheduler.schedule(), error)
-    assert outputs == [StepOutput(a, error, last=True), StepOutput(held, error, last=True)]
+    assert list(outputs) == [StepOutput(a, error, last=True), StepOutput(held, error, last=True)]
     assert a.status is RequestStatus.FAILED
     # Its holder may be reading the blocks still.
     assert held.status is RequestStatus.HELD
@@ -336,7 +343,7 @@ def test_a_later_attempt_goes_on_where_the_earlier_one_ended() -> None:
     resumed = request(6, max_tokens=8, output=tuple(tokens[:5]))
     scheduler.add(resumed)
     outputs = []
-    while (plan := scheduler.schedule()).scheduled:
+    while not (plan := scheduler.schedule()).empty:
         outputs += [output.event for output in run(scheduler, plan)]
     assert [(e.first_token_index, e.token_ids) for e in outputs if isinstance(e, TokenOutput)] == [
         (5, (tokens[5],)),
@@ -352,7 +359,7 @@ def test_an_attempt_with_nothing_left_to_do_ends_at_once() -> None:
     plan = scheduler.schedule()
     expected = TokenOutput(first_token_index=2, token_ids=(), finish_reason=FinishReason.LENGTH)
     assert plan.outputs == [StepOutput(complete, expected, last=True)]
-    assert not plan.scheduled
+    assert plan.empty
     assert_whole(scheduler)
 
 
@@ -393,7 +400,7 @@ def test_an_imported_prompt_joins_the_batch_and_is_cached() -> None:
     assert scheduler.status(0).num_leases == 0
     assert imported.block_table == blocks
     plan = scheduler.schedule()
-    assert [(i.request, i.num_tokens, i.num_new_blocks, i.fresh) for i in plan.scheduled] == [(imported, 1, 3, True)]
+    assert (plan.decodes, plan.seated, plan.grown) == ((imported,), [imported], [])
     [output] = run(scheduler, plan)
     second = fake_output(range(10), 2)[1]
     assert output.event == TokenOutput(first_token_index=1, token_ids=(second,), num_cached_tokens=4)
@@ -514,10 +521,11 @@ def test_a_waiting_request_and_reservations_take_turns() -> None:
     later = reserve(scheduler, second, 2)
     # The request came first and needs 4 blocks: the later reservation does not overtake it.
     plan = scheduler.schedule()
-    assert (plan.scheduled, plan.granted) == ([], [])
+    assert plan.empty
+    assert plan.granted == []
     scheduler.release(first)
     plan = scheduler.schedule()
-    assert [item.request for item in plan.scheduled] == [waiting]
+    assert plan.requests == [waiting]
     assert plan.granted == [later]
     run(scheduler, plan)
 
