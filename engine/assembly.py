@@ -8,8 +8,9 @@ import torch
 
 from engine.config import EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
-from engine.executor import TorchExecutor
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.cpu.executor import CpuExecutor, cpu_layout, load_kernels
+from engine.executor import ModelExecutor, TorchExecutor
+from engine.kv_cache import PLAIN, KVCache, bytes_per_block
 from engine.loader import DTYPES, LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -42,7 +43,15 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
     dtype = DTYPES[config.dtype_name]
     block_bytes = bytes_per_block(shape, config.block_size, dtype)
     size = cache_size(config, block_bytes, shape.max_position, available_memory_bytes(device))
-    kv_cache = KVCache(shape, num_blocks=size.num_blocks, block_size=config.block_size, dtype=dtype, device=device)
+    layout = cpu_layout(shape, config.block_size, dtype) if device.type == "cpu" else None
+    kv_cache = KVCache(
+        shape,
+        num_blocks=size.num_blocks,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+        layout=layout or PLAIN,
+    )
     scheduler_config = SchedulerConfig(
         num_blocks=size.num_blocks,
         block_size=config.block_size,
@@ -52,7 +61,7 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
         max_prefill_chunk=config.max_prefill_chunk,
     )
     runner = ModelRunner(
-        TorchExecutor(loaded.model, kv_cache),
+        _executor(config, loaded, kv_cache, size.max_model_len),
         device=device,
         block_size=config.block_size,
         vocab_size=shape.vocab_size,
@@ -74,3 +83,17 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
             kv_layout=kv_cache.layout.name,
         ),
     )
+
+
+def _executor(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, max_model_len: int) -> ModelExecutor:
+    if config.kernels == "auto" and kv_cache.layout != PLAIN and (kernels := load_kernels(kv_cache.dtype)):
+        return CpuExecutor(
+            kernels,
+            loaded.model,
+            loaded.config,
+            kv_cache,
+            max_tokens=config.max_num_batched_tokens,
+            max_position=max_model_len,
+            num_threads=torch.get_num_threads(),
+        )
+    return TorchExecutor(loaded.model, kv_cache)

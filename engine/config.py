@@ -43,6 +43,11 @@ class EngineConfig:
     max_num_batched_tokens: int = option("tokens in a step at most", default=512)
     max_prefill_chunk: int = option("prompt tokens of one request in a step at most", default=512)
     num_threads: int | None = option("CPU threads that compute; default: torch's choice", default=None)
+    kernels: str = option(
+        "auto: our own kernels where they serve the model and the device; torch: plain torch",
+        default="auto",
+        choices=("auto", "torch"),
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk"):

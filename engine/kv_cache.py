@@ -107,7 +107,7 @@ class KVCache:
             keys[blocks, :, offsets] = k
             values[blocks, :, offsets] = v
         else:
-            keys[blocks, :, :, offsets] = k.unflatten(-1, (-1, self.layout.pack))
+            keys[blocks, :, :, offsets] = k.view(len(k), self.num_kv_heads, -1, self.layout.pack)
             values[blocks, :, offsets // self.layout.pack, :, offsets % self.layout.pack] = v
 
     def gather(self, layer: int, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

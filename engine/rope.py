@@ -226,3 +226,10 @@ def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> t
     theta = positions.to(torch.float32).unsqueeze(-1) * inv_freq
     cos, sin = theta.cos() * scaling, theta.sin() * scaling
     return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
+
+
+def rotation_table(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each pair's angle at each position, each [num_positions, head_dim / 2] float32 on CPU."""
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    theta = positions.unsqueeze(-1) * inverse_frequencies(rope, head_dim)
+    return theta.cos().mul_(rope.attention_scaling), theta.sin().mul_(rope.attention_scaling)

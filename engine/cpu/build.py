@@ -1,0 +1,148 @@
+"""Compiles the kernels, once for a kind of processor, and keeps them: `python -m engine.cpu.build [DIRECTORY]`.
+
+At first use they are compiled for the processor at hand, into ~/.cache/pdmesh/kernels. Images, which do not know where
+they will run, get all kinds beforehand: the command compiles them into `engine/cpu/built`, which is looked into first.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_SOURCES = Path(__file__).parent / "kernels"
+_BUILT = Path(__file__).parent / "built"
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class BuildError(Exception):
+    """The kernels cannot be had here. The message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of processor.
+
+    Attributes:
+        features: What /proc/cpuinfo must list.
+        flags: The compiler's for it.
+    """
+
+    name: str
+    features: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+# The best first.
+X86_TARGETS = (
+    Target("avx512-bf16", _AVX512 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    Target("avx512", _AVX512, ("-march=x86-64-v4",)),
+    Target("avx2", _AVX2, ("-march=x86-64-v3",)),
+)
+
+
+def this_target() -> Target:
+    """The best for this machine: of x86 one of X86_TARGETS, else what the compiler makes of the very processor."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        features = _cpu_features()
+        for target in X86_TARGETS:
+            if target.features <= features:
+                return target
+    kind = hashlib.sha256(" ".join(sorted(_cpu_features())).encode()).hexdigest()[:8]
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return Target(f"{platform.machine()}-{kind}", frozenset(), (native,))
+
+
+def kernels_path(target: Target) -> Path:
+    """The compiled kernels, compiled now if they were not before. Raises BuildError."""
+    name = _file_name(target)
+    if (_BUILT / name).exists():
+        return _BUILT / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdmesh" / "kernels"
+    path = cache / name
+    if not path.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with (cache / "lock").open("w") as lock:
+                # Workers that start side by side compile once.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    compile_kernels(target, path)
+        except OSError as error:
+            raise BuildError(f"{cache} cannot be written ({error}): set XDG_CACHE_HOME to where it can") from error
+    return path
+
+
+def compile_kernels(target: Target, path: Path) -> None:
+    """Raises BuildError where there is no compiler, or it fails."""
+    named = os.environ.get("CXX")
+    compiler = next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler ({named or ', '.join(_COMPILERS)}): install g++")
+    began = time.monotonic()
+    log.info("compiling the CPU kernels for %s, once", target.name)
+    # In the target's directory, so that the last step is a rename: whoever finds the file finds all of it.
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        output = Path(directory) / path.name
+        sources = [str(source) for source in _source_files() if source.suffix == ".cpp"]
+        command = [compiler, *_FLAGS, *_WARNINGS, *target.flags, *sources, "-o", str(output)]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            raise BuildError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
+        output.replace(path)
+    log.info("compiled the CPU kernels in %.1f s", time.monotonic() - began)
+
+
+def _file_name(target: Target) -> str:
+    """Names what went into it: changed sources are other kernels."""
+    digest = hashlib.sha256(" ".join((*_FLAGS, *target.flags)).encode())
+    for source in _source_files():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return f"{target.name}-{digest.hexdigest()[:16]}.so"
+
+
+def _source_files() -> Sequence[Path]:
+    return sorted(_SOURCES.iterdir())
+
+
+def _cpu_features() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    names = ("flags", "Features")
+    listed = (line.partition(":")[2] for line in lines if line.partition(":")[0].strip() in names)
+    return frozenset(next(listed, "").split())
+
+
+def main(arguments: Sequence[str]) -> int:
+    directory = Path(arguments[0]) if arguments else _BUILT
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    targets = X86_TARGETS if platform.machine() in ("x86_64", "AMD64") else (this_target(),)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for target in targets:
+            compile_kernels(target, directory / _file_name(target))
+    except (BuildError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

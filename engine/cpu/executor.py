@@ -1,0 +1,117 @@
+"""Runs a model on a CPU with the kernels: one call for all layers of a step, which leaves the interpreter free."""
+
+import logging
+
+import torch
+
+from engine.batch import Batch
+from engine.cpu.build import BuildError, kernels_path, this_target
+from engine.cpu.library import Decoder, Finish, Kernels, Kind, Operation, Step
+from engine.cpu.llama import lower_llama
+from engine.cpu.packing import PACK, Packer, padded
+from engine.cpu.program import Program
+from engine.kv_cache import KVCache, KVLayout
+from engine.model_config import ModelConfig
+from engine.models.causal_lm import CausalLM
+from engine.models.llama import LlamaForCausalLM
+from engine.rope import rotation_table
+
+log = logging.getLogger(__name__)
+
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
+_LANES = 16
+_MAX_HEAD_DIM = 256
+
+
+def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
+    """The KV layout that the kernels read; None where they cannot serve the model."""
+    if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
+        return None
+    return KVLayout(PACK[dtype])
+
+
+def load_kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for this machine; None, and a warning that says what to do, where they cannot be had."""
+    try:
+        return Kernels(kernels_path(this_target()), dtype)
+    except (BuildError, OSError) as error:
+        log.warning("computing in plain torch, several times slower than the CPU kernels: %s", error)
+        return None
+
+
+class CpuExecutor:
+    """A `ModelExecutor`. Takes the model's weights out of it.
+
+    Args:
+        kv_cache: In `cpu_layout`.
+        max_tokens: Of a step.
+        max_position: Tokens of the longest request.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        model: CausalLM,
+        config: ModelConfig,
+        kv_cache: KVCache,
+        *,
+        max_tokens: int,
+        max_position: int,
+        num_threads: int,
+    ) -> None:
+        assert isinstance(model, LlamaForCausalLM)
+        self._kernels = kernels
+        self._num_threads = num_threads
+        self._program = Program(max_tokens, kernels.dtype)
+        self._model = lower_llama(model, self._program, Packer(kernels))
+        self._operations = self._program.compile()
+        # Its memory is used by address.
+        self._kv_cache = kv_cache
+        self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position)
+        self._decoder = Decoder(
+            cache=kv_cache.data.data_ptr(),
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=kv_cache.block_size,
+            cosines=self._cosines.data_ptr(),
+            sines=self._sines.data_ptr(),
+            score_scale=config.head_dim**-0.5,
+        )
+        # Memory is taken from the system as it is first written: rows that no step needs cost nothing.
+        self._logits = torch.empty(max_tokens, padded(config.vocab_size))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        step = Step(
+            num_tokens=len(batch.input_ids),
+            num_sequences=len(batch.query_lens),
+            max_blocks=batch.block_tables.shape[1],
+            token_ids=batch.input_ids.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            query_lens=batch.query_lens.ctypes.data,
+            seq_lens=batch.seq_lens.ctypes.data,
+            block_tables=batch.block_tables.data_ptr(),
+        )
+        self._kernels.run(self._decoder, step, self._operations, self._num_threads)
+        hidden = self._model.hidden
+        return hidden.values[: len(batch.input_ids), : hidden.width]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        num_rows, lm_head = len(hidden), self._model.lm_head
+        project = Operation(
+            kind=Kind.PROJECT,
+            finish=Finish.STORE,
+            input=hidden.data_ptr(),
+            input_bytes=hidden.stride(0) * hidden.itemsize,
+            output=self._logits.data_ptr(),
+            output_bytes=self._logits.stride(0) * self._logits.itemsize,
+            weight=lm_head.values.data_ptr(),
+            bias=lm_head.bias.data_ptr(),
+            n=lm_head.n,
+            k=lm_head.k,
+        )
+        assert num_rows <= len(self._logits)
+        self._kernels.run(self._decoder, Step(num_tokens=num_rows), (Operation * 1)(project), self._num_threads)
+        return self._logits[:num_rows, : lm_head.n]

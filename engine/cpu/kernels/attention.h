@@ -1,0 +1,264 @@
+// Attention over the paged KV cache: prefill chunks and decodes in one call, nothing padded, nothing gathered.
+//
+// K and V of a block, a layer and a KV head are two tiles, in the order in which dot products take them:
+//
+//     K  [head_dim / kPack][block_size][kPack]        16 keys side by side: scores of 16 keys at once
+//     V  [block_size / kPack][head_dim][kPack]        16 dimensions side by side
+//
+// The query heads that share a KV head and the tokens of a chunk are rows alike; a tile of rows reads each key once.
+// Keys are taken 64 at a time from position 0 on, with a running maximum (FlashAttention, arXiv:2205.14135). The grid
+// of 64 is by absolute position: a row's result does not depend on the chunk or the batch that it is computed in.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "matrix.h"
+
+namespace pdmesh {
+
+constexpr int kKeys = 64;
+constexpr int kGroups = kKeys / 16;
+constexpr int kTileRows = 24;
+constexpr int kMaxHeadDim = 256;
+// Rows multiplied at once with four columns of vectors.
+constexpr int kAttentionRows = kMaxRows / 2;
+
+// Where K and V lie: [block][layer][K, V][KV head][tile].
+template <class Element>
+struct PagedCache {
+  using Value = typename Element::Value;
+  Value* data;
+  int64_t num_layers, num_kv_heads, block_size, head_dim;
+
+  int64_t tile_values() const { return block_size * head_dim; }
+  Value* keys(int64_t block, int64_t layer, int64_t head) const {
+    return data + (((block * num_layers + layer) * 2) * num_kv_heads + head) * tile_values();
+  }
+  Value* values(int64_t block, int64_t layer, int64_t head) const {
+    return keys(block, layer, head) + num_kv_heads * tile_values();
+  }
+};
+
+// One sequence of a step: its query tokens are rows [first_row, first_row + query_len) of the activations.
+struct Sequence {
+  int64_t first_row, query_len, seq_len;
+  const int64_t* block_table;
+};
+
+// Rows of one sequence that one thread attends at once; row r is query token r / group, head r % group of a KV head.
+struct QueryTile {
+  const Sequence* sequence;
+  int64_t first, count;
+};
+
+// Costly ones first, so that the threads finish together.
+inline std::vector<QueryTile> query_tiles(const std::vector<Sequence>& sequences, int64_t group) {
+  std::vector<QueryTile> tiles;
+  for (const Sequence& sequence : sequences)
+    for (int64_t first = 0; first < sequence.query_len * group; first += kTileRows)
+      tiles.push_back({&sequence, first, std::min<int64_t>(kTileRows, sequence.query_len * group - first)});
+  auto cost = [group](const QueryTile& tile) {
+    return tile.count * (tile.sequence->seq_len - tile.sequence->query_len + (tile.first + tile.count) / group);
+  };
+  std::sort(tiles.begin(), tiles.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+  return tiles;
+}
+
+// scores[i][g] = row i * the 16 keys at keys[g]; neighbouring dimensions lie step_values apart.
+template <class Element, int kRows>
+inline void multiply_keys(const typename Element::Value* rows, int64_t head_dim,
+                          const typename Element::Value* const (&keys)[kGroups], int64_t step_values,
+                          f32x16 (&scores)[kRows][kGroups]) {
+  for (int i = 0; i < kRows; ++i)
+    for (int g = 0; g < kGroups; ++g) scores[i][g] = f32x16{};
+  for (int64_t step = 0; step < head_dim / Element::kPack; ++step) {
+    f32x16 columns[kGroups];
+    for (int g = 0; g < kGroups; ++g) columns[g] = load<f32x16>(keys[g] + step * step_values);
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t unit = row_unit(rows + i * head_dim, step);
+      for (int g = 0; g < kGroups; ++g) scores[i][g] = Element::multiply_add(scores[i][g], unit, columns[g]);
+    }
+  }
+}
+
+// output[i] = output[i] * decay[i] + weights[i] * values, over num_keys keys and 16 * kColumns dimensions.
+template <class Element, int kRows, int kColumns>
+inline void multiply_values(const typename Element::Value* weights, const typename Element::Value* const (&values)[kGroups],
+                            int64_t num_keys, int64_t head_dim, const float* decay, float* output) {
+  constexpr int kPack = Element::kPack;
+  f32x16 sums[kRows][kColumns];
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) sums[i][j] = load<f32x16>(output + i * head_dim + 16 * j) * decay[i];
+  for (int64_t key = 0; key < num_keys; key += kPack) {
+    const typename Element::Value* from = values[key / 16] + key % 16 * head_dim;
+    f32x16 columns[kColumns];
+    for (int j = 0; j < kColumns; ++j) columns[j] = load<f32x16>(from + j * 16 * kPack);
+    // Of the pair's second key nothing is written yet: its weight is 0, but 0 times garbage may be NaN.
+    if (kPack == 2 && key + 1 == num_keys)
+      for (int j = 0; j < kColumns; ++j) columns[j] = as_float(as_bits(columns[j]) & 0xffffu);
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t unit = row_unit(weights + i * kKeys, key / kPack);
+      for (int j = 0; j < kColumns; ++j) sums[i][j] = Element::multiply_add(sums[i][j], unit, columns[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kColumns; ++j) store(output + i * head_dim + 16 * j, sums[i][j]);
+}
+
+template <class Element>
+class AttentionTile {
+  using Value = typename Element::Value;
+
+ public:
+  // Attends a tile's rows of one KV head. `queries` and `outputs` are [T, num_heads * head_dim], rows query_bytes and
+  // output_bytes apart; `scale` multiplies the scores.
+  void attend(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, int64_t group, float scale,
+              const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs, int64_t output_bytes) {
+    const Sequence& sequence = *tile.sequence;
+    const int64_t head_dim = cache.head_dim, context = sequence.seq_len - sequence.query_len;
+    const int rows = int(tile.count);
+    auto place = [&](int row, int64_t row_bytes) {
+      const int64_t index = tile.first + row;
+      return (sequence.first_row + index / group) * row_bytes +
+             (kv_head * group + index % group) * head_dim * int64_t(sizeof(Value));
+    };
+    for (int row = 0; row < rows; ++row) {
+      std::memcpy(queries_ + row * head_dim, queries + place(row, query_bytes), head_dim * sizeof(Value));
+      // Rows see the keys up to their own.
+      visible_[row] = context + (tile.first + row) / group + 1;
+      peak_[row] = -INFINITY;
+      total_[row] = 0;
+    }
+    std::fill_n(outputs_, rows * head_dim, 0.0f);
+    const int64_t end = visible_[rows - 1];
+    for (int64_t start = 0; start < end; start += kKeys)
+      add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
+    for (int row = 0; row < rows; ++row) {
+      const float share = 1.0f / total_[row];
+      Value* output = reinterpret_cast<Value*>(outputs + place(row, output_bytes));
+      for (int64_t i = 0; i < head_dim; i += 16)
+        Element::narrow(output + i, load<f32x16>(outputs_ + row * head_dim + i) * share);
+    }
+  }
+
+ private:
+  void add_keys(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, const int64_t* block_table,
+                int64_t start, int64_t num_keys, int rows, float scale) {
+    const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
+    const Value *keys[kGroups], *values[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      // Keys past the end are masked: any that can be read will do.
+      const int64_t token = 16 * g < num_keys ? start + 16 * g : start;
+      const int64_t block = block_table[token / block_size], offset = token % block_size;
+      keys[g] = cache.keys(block, layer, kv_head) + offset * Element::kPack;
+      values[g] = cache.values(block, layer, kv_head) + offset * head_dim;
+    }
+    for (int row = 0; row < rows; row += kAttentionRows)
+      weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
+    for (int row = 0; row < rows; row += kAttentionRows)
+      add_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, values, num_keys, head_dim);
+  }
+
+  // Softmax weights of 64 keys for `count` rows from `row` on.
+  template <int kRows>
+  void weigh_rows(int count, int row, const Value* const (&keys)[kGroups], int64_t block_size, int64_t start,
+                  int64_t head_dim, float scale) {
+    if constexpr (kRows > 1) {
+      if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, scale);
+    }
+    f32x16 scores[kRows][kGroups];
+    multiply_keys<Element, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Element::kPack, scores);
+    for (int i = 0; i < kRows; ++i) weigh(row + i, scores[i], visible_[row + i] - start, scale);
+  }
+
+  void weigh(int row, const f32x16 (&scores)[kGroups], int64_t num_visible, float scale) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Value* weights = weights_ + row * kKeys;
+    decay_[row] = 1;
+    if (num_visible <= 0) {
+      std::fill_n(weights, kKeys, Value(0));
+      return;
+    }
+    f32x16 masked[kGroups], most = splat(-INFINITY);
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t num_left = int32_t(std::min<int64_t>(num_visible - 16 * g, 16));
+      masked[g] = lanes < num_left ? scores[g] * scale : splat(-INFINITY);
+      most = maximum(masked[g], most);
+    }
+    const float peak = std::max(peak_[row], horizontal_max(most));
+    f32x16 sum = {};
+    for (int g = 0; g < kGroups; ++g) {
+      const f32x16 weight = exponential(masked[g] - peak);
+      Element::narrow(weights + 16 * g, weight);
+      sum = sum + weight;
+    }
+    // -inf - -inf where every score is -inf or NaN: NaN, which the logits then show.
+    decay_[row] = exponential(splat(peak_[row] - peak))[0];
+    total_[row] = total_[row] * decay_[row] + horizontal_sum(sum);
+    peak_[row] = peak;
+  }
+
+  template <int kRows>
+  void add_rows(int count, int row, const Value* const (&values)[kGroups], int64_t num_keys, int64_t head_dim) {
+    if constexpr (kRows > 1) {
+      if (count < kRows) return add_rows<kRows - 1>(count, row, values, num_keys, head_dim);
+    }
+    const Value* weights = weights_ + row * kKeys;
+    float* output = outputs_ + row * head_dim;
+    const Value* columns[kGroups];
+    for (int64_t first = 0; first < head_dim;) {
+      for (int g = 0; g < kGroups; ++g) columns[g] = values[g] + first * Element::kPack;
+      if (head_dim - first >= 64) {
+        multiply_values<Element, kRows, 4>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
+        first += 64;
+      } else {
+        multiply_values<Element, kRows, 1>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
+        first += 16;
+      }
+    }
+  }
+
+  alignas(64) Value queries_[kTileRows * kMaxHeadDim];
+  alignas(64) Value weights_[kTileRows * kKeys];
+  alignas(64) float outputs_[kTileRows * kMaxHeadDim];
+  float peak_[kTileRows], total_[kTileRows], decay_[kTileRows];
+  int64_t visible_[kTileRows];
+};
+
+// Turns the rows of q and k by their positions, and stores k and v at their slots.
+//
+// `projected` is [T, (num_heads + 2 * num_kv_heads) * head_dim] float32: q, k and v side by side. `cosines` and `sines`
+// are [positions, head_dim / 2]; pairs are half a head apart (GPT-NeoX's order, that of Hugging Face's Llama).
+template <class Element>
+void rotate_and_store(const PagedCache<Element>& cache, int64_t layer, int64_t num_heads, const float* projected,
+                      const float* cosines, const float* sines, int64_t slot, typename Element::Value* queries) {
+  constexpr int kPack = Element::kPack;
+  const int64_t head_dim = cache.head_dim, half = head_dim / 2, block_size = cache.block_size;
+  const int64_t block = slot / block_size, offset = slot % block_size;
+  float turned[kMaxHeadDim];
+  auto turn = [&](const float* head) {
+    for (int64_t i = 0; i < half; ++i) {
+      turned[i] = head[i] * cosines[i] - head[i + half] * sines[i];
+      turned[i + half] = head[i + half] * cosines[i] + head[i] * sines[i];
+    }
+  };
+  for (int64_t head = 0; head < num_heads; ++head) {
+    turn(projected + head * head_dim);
+    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(queries + head * head_dim + i, load<f32x16>(turned + i));
+  }
+  typename Element::Value narrowed[kMaxHeadDim];
+  for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
+    turn(projected + (num_heads + head) * head_dim);
+    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(narrowed + i, load<f32x16>(turned + i));
+    typename Element::Value* keys = cache.keys(block, layer, head) + offset * kPack;
+    for (int64_t i = 0; i < head_dim; ++i) keys[i / kPack * block_size * kPack + i % kPack] = narrowed[i];
+    const float* value = projected + (num_heads + cache.num_kv_heads + head) * head_dim;
+    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(narrowed + i, load<f32x16>(value + i));
+    typename Element::Value* values = cache.values(block, layer, head) + offset / kPack * head_dim * kPack + offset % kPack;
+    for (int64_t i = 0; i < head_dim; ++i) values[i * kPack] = narrowed[i];
+  }
+}
+
+}  // namespace pdmesh

@@ -1,0 +1,202 @@
+// A step of a decoder: a list of operations over the step's rows, run by one team of threads from the first to the last.
+//
+// Residuals, projections and norms' sums are float32; what a product reads (normed rows, attention's output, activations)
+// and K and V are the weights' type. The C interface is mirrored in engine/cpu/library.py.
+
+#include "attention.h"
+#include "matrix.h"
+
+namespace pdmesh {
+
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kRotateAndStore, kAttend };
+
+// What becomes of a product's sums.
+enum class Finish : int32_t { kStore, kAdd, kSiluMultiply };
+
+struct Operation {
+  Kind kind;
+  Finish finish;
+  int32_t layer;
+  float epsilon;
+  const char* input;
+  int64_t input_bytes;  // from one row to the next
+  char* output;
+  int64_t output_bytes;
+  const void* weight;  // a packed matrix, or a norm's scale in float32
+  const float* bias;   // of a product: padded to whole panels
+  int64_t n, k;
+};
+
+struct Decoder {
+  void* cache;
+  int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
+  const float* cosines;  // [positions, head_dim / 2]
+  const float* sines;
+  float score_scale;
+};
+
+struct Step {
+  int64_t num_tokens, num_sequences, max_blocks;
+  const int64_t* token_ids;  // [T]
+  const int64_t* positions;  // [T]
+  const int64_t* slots;      // [T]
+  const int64_t* query_lens;    // [B]
+  const int64_t* seq_lens;      // [B]
+  const int64_t* block_tables;  // [B, max_blocks]
+};
+
+template <class Element>
+class StepRun {
+  using Value = typename Element::Value;
+
+ public:
+  StepRun(const Decoder& decoder, const Step& step)
+      : decoder_(decoder),
+        step_(step),
+        cache_{static_cast<Value*>(decoder.cache), decoder.num_layers, decoder.num_kv_heads, decoder.block_size,
+               decoder.head_dim},
+        group_(decoder.num_heads / std::max<int64_t>(1, decoder.num_kv_heads)) {
+    int64_t first_row = 0;
+    for (int64_t i = 0; i < step.num_sequences; ++i) {
+      sequences_.push_back({first_row, step.query_lens[i], step.seq_lens[i], step.block_tables + i * step.max_blocks});
+      first_row += step.query_lens[i];
+    }
+    tiles_ = query_tiles(sequences_, group_);
+  }
+
+  void run(Team& team, const Operation& operation) const {
+    switch (operation.kind) {
+      case Kind::kEmbed:
+        return embed(team, operation);
+      case Kind::kNormalize:
+        return normalize(team, operation);
+      case Kind::kProject:
+        return project(team, operation);
+      case Kind::kRotateAndStore:
+        return rotate(team, operation);
+      case Kind::kAttend:
+        return attend(team, operation);
+    }
+  }
+
+ private:
+  static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
+
+  // Rows of the (packed) embedding, widened.
+  void embed(Team& team, const Operation& op) const {
+    const PackedMatrix<Element> table = matrix(op);
+    team.for_each(step_.num_tokens, 8, [&](int64_t row) {
+      float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
+      for (int64_t i = 0; i < op.k; ++i) output[i] = Element::widen_one(table.at(step_.token_ids[row], i));
+    });
+  }
+
+  // Root mean square norm (arXiv:1910.07467).
+  void normalize(Team& team, const Operation& op) const {
+    const float* scale = static_cast<const float*>(op.weight);
+    team.for_each(step_.num_tokens, 4, [&](int64_t row) {
+      const float* input = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
+      Value* output = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
+      f32x16 squares = {};
+      for (int64_t i = 0; i < op.n; i += 16) {
+        const f32x16 values = load<f32x16>(input + i);
+        squares = fused_multiply_add(values, values, squares);
+      }
+      const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(op.n) + op.epsilon);
+      for (int64_t i = 0; i < op.n; i += 16)
+        Element::narrow(output + i, load<f32x16>(input + i) * factor * load<f32x16>(scale + i));
+    });
+  }
+
+  void project(Team& team, const Operation& op) const {
+    auto biased = [&op](int64_t panel, int vector, f32x16 sum) {
+      return sum + load<f32x16>(op.bias + panel * kPanel + 16 * vector);
+    };
+    auto multiplied = [&](const auto& finish) {
+      multiply<Element>(team, matrix(op), op.input, op.input_bytes, step_.num_tokens, finish);
+    };
+    switch (op.finish) {
+      case Finish::kStore:
+        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
+          float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes) + panel * kPanel;
+          for (int j = 0; j < kVectors; ++j) store(output + 16 * j, biased(panel, j, sums[j]));
+        });
+      case Finish::kAdd:
+        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
+          float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes) + panel * kPanel;
+          for (int j = 0; j < kVectors; ++j)
+            store(output + 16 * j, load<f32x16>(output + 16 * j) + biased(panel, j, sums[j]));
+        });
+      case Finish::kSiluMultiply:
+        // A panel holds 16 columns of the gate beside the same 16 of the other factor.
+        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
+          const f32x16 gate = biased(panel, 0, sums[0]);
+          // Above 80 the exponential is only larger than float32 needs here, and further up would overflow.
+          const f32x16 negative = gate < splat(-80.0f) ? splat(80.0f) : -gate;
+          const f32x16 silu = gate / (exponential(negative) + 1.0f);
+          Element::narrow(reinterpret_cast<Value*>(op.output + row * op.output_bytes) + panel * 16,
+                          silu * biased(panel, 1, sums[1]));
+        });
+    }
+  }
+
+  void rotate(Team& team, const Operation& op) const {
+    team.for_each(step_.num_tokens, 4, [&](int64_t row) {
+      const int64_t angles = step_.positions[row] * (decoder_.head_dim / 2);
+      rotate_and_store(cache_, op.layer, decoder_.num_heads,
+                       reinterpret_cast<const float*>(op.input + row * op.input_bytes), decoder_.cosines + angles,
+                       decoder_.sines + angles, step_.slots[row],
+                       reinterpret_cast<Value*>(op.output + row * op.output_bytes));
+    });
+  }
+
+  void attend(Team& team, const Operation& op) const {
+    AttentionTile<Element> scratch;
+    const int64_t num_tiles = int64_t(tiles_.size());
+    team.for_each(num_tiles * decoder_.num_kv_heads, 1, [&](int64_t item) {
+      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, decoder_.score_scale,
+                     tiles_[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
+    });
+  }
+
+  const Decoder& decoder_;
+  const Step& step_;
+  const PagedCache<Element> cache_;
+  const int64_t group_;
+  std::vector<Sequence> sequences_;
+  std::vector<QueryTile> tiles_;
+};
+
+template <class Element>
+void run(const Decoder& decoder, const Step& step, const Operation* operations, int64_t num_operations,
+         int num_threads) {
+  const StepRun<Element> step_run(decoder, step);
+  run_team(num_threads, [&](Team& team) {
+    for (int64_t i = 0; i < num_operations; ++i) step_run.run(team, operations[i]);
+  });
+}
+
+}  // namespace pdmesh
+
+extern "C" {
+
+void pdmesh_run_float32(const pdmesh::Decoder* decoder, const pdmesh::Step* step, const pdmesh::Operation* operations,
+                        int64_t num_operations, int32_t num_threads) {
+  pdmesh::run<pdmesh::Float32>(*decoder, *step, operations, num_operations, num_threads);
+}
+
+void pdmesh_run_bfloat16(const pdmesh::Decoder* decoder, const pdmesh::Step* step, const pdmesh::Operation* operations,
+                         int64_t num_operations, int32_t num_threads) {
+  pdmesh::run<pdmesh::BFloat16>(*decoder, *step, operations, num_operations, num_threads);
+}
+
+void pdmesh_pack_float32(float* packed, const float* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
+                         int64_t stride) {
+  pdmesh::pack_matrix<pdmesh::Float32>(packed, matrix, n, k, base, group, stride);
+}
+
+void pdmesh_pack_bfloat16(uint16_t* packed, const uint16_t* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
+                          int64_t stride) {
+  pdmesh::pack_matrix<pdmesh::BFloat16>(packed, matrix, n, k, base, group, stride);
+}
+}

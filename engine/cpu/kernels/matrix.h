@@ -1,0 +1,128 @@
+// Weight matrices packed for reading once, and their product with rows of activations.
+//
+// A packed matrix [N, K] lies in panels of 32 output columns:
+//
+//     [N / 32][K / kPack][32][kPack]        N padded to 32 and K to kPack, with zeros
+//
+// so that a product streams through each panel front to back. Every element of a product is summed over K in order, in
+// one accumulator, whatever the number of rows: a row's result does not depend on the rows beside it.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+#include "team.h"
+
+namespace pdmesh {
+
+constexpr int kPanel = 32;
+constexpr int kVectors = kPanel / 16;
+
+// Rows multiplied at once: with two columns of vectors, what the machine's registers hold.
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12;
+#elif defined(__AVX__)
+constexpr int kMaxRows = 3;
+#else
+constexpr int kMaxRows = 3;
+#endif
+
+// Bytes of activations that one pass over the panels may come back to: they stay in the second-level cache.
+constexpr int64_t kRowBlockBytes = 512 * 1024;
+
+template <class Element>
+struct PackedMatrix {
+  using Value = typename Element::Value;
+  const Value* data;
+  int64_t n, k;
+
+  int64_t num_panels() const { return (n + kPanel - 1) / kPanel; }
+  int64_t num_steps() const { return (k + Element::kPack - 1) / Element::kPack; }
+  const Value* panel(int64_t index) const { return data + index * num_steps() * kPanel * Element::kPack; }
+  // Element (row, column) of the matrix as the checkpoint has it.
+  Value at(int64_t row, int64_t column) const {
+    const Value* step = panel(row / kPanel) + column / Element::kPack * kPanel * Element::kPack;
+    return step[row % kPanel * Element::kPack + column % Element::kPack];
+  }
+};
+
+// sums[i][j] = rows[i] * panel column vector j, over num_steps.
+template <class Element, int kRows>
+inline void multiply_tile(const void* rows, int64_t row_bytes, const typename Element::Value* panel, int64_t num_steps,
+                          f32x16 (&sums)[kRows][kVectors]) {
+  // Streaming through memory, a core waits less the earlier it asks; beyond the panel lies the next one.
+  constexpr int64_t kAhead = 16 * kPanel * Element::kPack;
+  const char* row = static_cast<const char*>(rows);
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = f32x16{};
+  for (int64_t step = 0; step < num_steps; ++step) {
+    f32x16 columns[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      columns[j] = load<f32x16>(panel + j * 16 * Element::kPack);
+      __builtin_prefetch(panel + kAhead + j * 16 * Element::kPack);
+    }
+    panel += kPanel * Element::kPack;
+    for (int i = 0; i < kRows; ++i) {
+      const uint32_t unit = row_unit(row + i * row_bytes, step);
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = Element::multiply_add(sums[i][j], unit, columns[j]);
+    }
+  }
+}
+
+// Rows [first, first + count) times one panel; finish(row, panel index, sums of the row) for each.
+template <class Element, int kRows = kMaxRows, class Finish>
+inline void multiply_rows(int count, const void* rows, int64_t row_bytes, const typename Element::Value* panel,
+                          int64_t num_steps, int64_t first, const Finish& finish) {
+  if constexpr (kRows > 1) {
+    if (count < kRows) {
+      multiply_rows<Element, kRows - 1>(count, rows, row_bytes, panel, num_steps, first, finish);
+      return;
+    }
+  }
+  f32x16 sums[kRows][kVectors];
+  multiply_tile<Element, kRows>(rows, row_bytes, panel, num_steps, sums);
+  for (int i = 0; i < kRows; ++i) finish(first + i, sums[i]);
+}
+
+// The product of `num_rows` rows, `row_bytes` apart, with a matrix. finish(row, panel index, sums[kVectors]) is called
+// once for each row and panel.
+template <class Element, class Finish>
+void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
+              const Finish& finish) {
+  const int64_t num_panels = matrix.num_panels(), num_steps = matrix.num_steps();
+  const int64_t block_rows = std::max<int64_t>(kMaxRows, kRowBlockBytes / row_bytes / kMaxRows * kMaxRows);
+  const int64_t num_blocks = (num_rows + block_rows - 1) / block_rows;
+  // Few rows: neighbouring panels to one thread, so that it streams.
+  const int64_t chunk =
+      num_rows > kMaxRows ? 1 : std::max<int64_t>(1, num_panels / (4 * team.num_threads()));
+  team.for_each(num_blocks * num_panels, chunk, [&](int64_t item) {
+    const int64_t block_first = item / num_panels * block_rows, index = item % num_panels;
+    const int64_t block_end = std::min(num_rows, block_first + block_rows);
+    const int64_t num_tiles = (block_end - block_first + kMaxRows - 1) / kMaxRows;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      // Of even size: a last tile of one row would cost almost as much as a full one.
+      const int64_t first = block_first + (block_end - block_first) * tile / num_tiles;
+      const int64_t end = block_first + (block_end - block_first) * (tile + 1) / num_tiles;
+      multiply_rows<Element>(int(end - first), static_cast<const char*>(rows) + first * row_bytes, row_bytes,
+                             matrix.panel(index), num_steps, first,
+                             [&](int64_t row, const f32x16* sums) { finish(row, index, sums); });
+    }
+  });
+}
+
+// Stores a matrix [n, k], rows `k` apart, into a packed one. Row i becomes column base + i / group * stride + i % group,
+// by which several matrices become one, side by side or interleaved.
+template <class Element>
+void pack_matrix(typename Element::Value* packed, const typename Element::Value* matrix, int64_t n, int64_t k,
+                 int64_t base, int64_t group, int64_t stride) {
+  constexpr int kPack = Element::kPack;
+  const int64_t num_steps = (k + kPack - 1) / kPack;
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t column = base + row / group * stride + row % group;
+    typename Element::Value* to = packed + column / kPanel * num_steps * kPanel * kPack + column % kPanel * kPack;
+    const typename Element::Value* from = matrix + row * k;
+    for (int64_t i = 0; i < k; ++i) to[i / kPack * kPanel * kPack + i % kPack] = from[i];
+  }
+}
+
+}  // namespace pdmesh

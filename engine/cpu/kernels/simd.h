@@ -1,0 +1,143 @@
+// Sixteen floats at a time, in GCC's and Clang's vector extensions: the compiler makes of them what the machine has
+// (one AVX-512 register, two of AVX2, four of NEON).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace pdmesh {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+template <class Vector, class Value>
+inline Vector load(const Value* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+template <class Vector, class Value>
+inline void store(Value* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof(Vector));
+}
+
+inline f32x16 splat(float value) { return value - f32x16{}; }
+
+inline f32x16 as_float(u32x16 bits) { return load<f32x16>(&bits); }
+inline f32x16 as_float(i32x16 bits) { return load<f32x16>(&bits); }
+inline u32x16 as_bits(f32x16 values) { return load<u32x16>(&values); }
+
+// One rounding: compiled with -ffp-contract=fast, and written nowhere else, so that every caller gets the same.
+inline f32x16 fused_multiply_add(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+
+inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+// In a fixed order, whatever the machine: halves added to halves.
+inline float horizontal_sum(f32x16 v) {
+  float lanes[16];
+  store(lanes, v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+inline float horizontal_max(f32x16 v) {
+  float lanes[16];
+  store(lanes, v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// e^x within 2 units in the last place, for x <= 88; 0 below -87.3, -inf included. NaN stays NaN.
+inline f32x16 exponential(f32x16 x) {
+  const f32x16 clamped = x < splat(-88.0f) ? splat(-88.0f) : x;
+  // x = n ln 2 + r, |r| <= ln 2 / 2. Adding and taking away 1.5 * 2^23 rounds to an integer.
+  const f32x16 magic = splat(12582912.0f);
+  const f32x16 shifted = fused_multiply_add(clamped, splat(1.44269504f), magic);
+  const f32x16 n = shifted - magic;
+  f32x16 r = fused_multiply_add(n, splat(-0.693359375f), clamped);
+  r = fused_multiply_add(n, splat(2.12194440e-4f), r);
+  f32x16 p = splat(1.9875691500e-4f);
+  p = fused_multiply_add(p, r, splat(1.3981999507e-3f));
+  p = fused_multiply_add(p, r, splat(8.3334519073e-3f));
+  p = fused_multiply_add(p, r, splat(4.1665795894e-2f));
+  p = fused_multiply_add(p, r, splat(1.6666665459e-1f));
+  p = fused_multiply_add(p, r, splat(5.0000001201e-1f));
+  p = fused_multiply_add(p, r * r, r) + 1.0f;
+  const u32x16 power = (as_bits(shifted) + 127u) << 23;
+  const f32x16 result = p * as_float(power);
+  return x < splat(-87.3f) ? splat(0.0f) : result;
+}
+
+// The two types that weights, activations and KV come in. Of both, four bytes hold what one multiply-add takes of a
+// row (one float, or a pair of bfloat16), and a vector of 64 bytes the same of 16 columns.
+struct Float32 {
+  using Value = float;
+  static constexpr int kPack = 1;
+
+  static inline f32x16 multiply_add(f32x16 sum, uint32_t row, f32x16 columns) {
+    float value;
+    std::memcpy(&value, &row, sizeof value);
+    return fused_multiply_add(splat(value), columns, sum);
+  }
+  static inline f32x16 widen(const Value* from) { return load<f32x16>(from); }
+  static inline void narrow(Value* to, f32x16 values) { store(to, values); }
+  static inline float widen_one(Value value) { return value; }
+  static inline Value narrow_one(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Value = uint16_t;
+  static constexpr int kPack = 2;
+
+  // sum + even row value * even column values + odd * odd.
+  static inline f32x16 multiply_add(f32x16 sum, uint32_t row, f32x16 columns) {
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)row), (__m512bh)columns);
+#else
+    const u32x16 bits = as_bits(columns), rows = row - u32x16{};
+    sum = fused_multiply_add(as_float(rows << 16), as_float(bits << 16), sum);
+    return fused_multiply_add(as_float(rows & 0xffff0000u), as_float(bits & 0xffff0000u), sum);
+#endif
+  }
+  static inline f32x16 widen(const Value* from) {
+    return as_float(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);
+  }
+  // Rounds to nearest, ties to even; NaN stays NaN.
+  static inline void narrow(Value* to, f32x16 values) {
+#if defined(__AVX512BF16__)
+    store(to, _mm512_cvtneps_pbh((__m512)values));
+#else
+    const u32x16 bits = as_bits(values);
+    const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const i32x16 is_nan = values != values;
+    store(to, __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, u16x16));
+#endif
+  }
+  static inline float widen_one(Value value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+  }
+  static inline Value narrow_one(float value) {
+    Value result[16];
+    narrow(result, splat(value));
+    return result[0];
+  }
+};
+
+inline uint32_t row_unit(const void* row, int64_t step) {
+  uint32_t unit;
+  std::memcpy(&unit, static_cast<const char*>(row) + 4 * step, sizeof unit);
+  return unit;
+}
+
+}  // namespace pdmesh

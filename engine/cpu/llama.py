@@ -1,0 +1,99 @@
+"""Llama as a program of the kernels: the arithmetic of engine/models/llama.py, operation by operation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from engine.cpu.library import Finish
+from engine.cpu.packing import PackedMatrix, Packer
+from engine.cpu.program import Program, Rows
+from engine.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredModel:
+    """What a program was made of, beside its operations.
+
+    Attributes:
+        hidden: Where the step's final hidden states come to lie.
+        lm_head: From them to logits.
+    """
+
+    hidden: Rows
+    lm_head: PackedMatrix
+
+
+def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> LoweredModel:
+    """Packs the model's weights, taking each out of the model, and appends its operations to `program`."""
+    decoder = model.model
+    embedding = _packed(packer, decoder.embed_tokens)
+    residual = program.rows(embedding.k, torch.float32)
+    normed = program.rows(embedding.k)
+    program.embed(embedding, residual)
+    buffers: _LayerBuffers | None = None
+    for index, layer in enumerate(decoder.layers):
+        assert isinstance(layer, LlamaDecoderLayer)
+        weights = _LayerWeights.taken(layer, packer)
+        buffers = buffers or _LayerBuffers.for_weights(weights, program)
+        program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
+        program.project(normed, weights.qkv, buffers.projected, Finish.STORE)
+        program.rotate_and_store(index, buffers.projected, buffers.queries)
+        program.attend(index, buffers.queries, buffers.attended)
+        program.project(buffers.attended, weights.output, residual, Finish.ADD)
+        norm = layer.post_attention_layernorm
+        program.rms_norm(residual, norm.weight, norm.eps, normed)
+        program.project(normed, weights.gate_up, buffers.activated, Finish.SILU_MULTIPLY)
+        program.project(buffers.activated, weights.down, residual, Finish.ADD)
+    program.rms_norm(residual, decoder.norm.weight, decoder.norm.eps, normed)
+    return LoweredModel(normed, embedding if model.lm_head is None else _packed(packer, model.lm_head))
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    qkv: PackedMatrix
+    output: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+
+    @staticmethod
+    def taken(layer: LlamaDecoderLayer, packer: Packer) -> "_LayerWeights":
+        attention, mlp = layer.self_attn, layer.mlp
+        return _LayerWeights(
+            qkv=_packed(packer, attention.q_proj, attention.k_proj, attention.v_proj),
+            output=_packed(packer, attention.o_proj),
+            gate_up=packer.interleaved(*_taken(mlp.gate_proj, mlp.up_proj)),
+            down=_packed(packer, mlp.down_proj),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerBuffers:
+    """What one layer hands from operation to operation; all layers use the same."""
+
+    projected: Rows
+    queries: Rows
+    attended: Rows
+    activated: Rows
+
+    @staticmethod
+    def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":
+        return _LayerBuffers(
+            projected=program.rows(weights.qkv.n, torch.float32),
+            queries=program.rows(weights.output.k),
+            attended=program.rows(weights.output.k),
+            activated=program.rows(weights.down.k),
+        )
+
+
+def _packed(packer: Packer, *modules: nn.Linear | nn.Embedding) -> PackedMatrix:
+    return packer.side_by_side(*_taken(*modules))
+
+
+def _taken(*modules: nn.Linear | nn.Embedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
+    weights = [module.weight.data for module in modules]
+    biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
+    for module in modules:
+        module.register_parameter("weight", None)
+    return weights, biases

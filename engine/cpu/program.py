@@ -1,0 +1,107 @@
+"""A decoder as a list of the kernels' operations: what they read, where they write, and with which weights."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from engine.cpu.library import Finish, Kind, Operation
+from engine.cpu.packing import PACK, PackedMatrix, padded
+
+# Beyond a row's values: rows a multiple of 4096 bytes apart would fight for the same places of the first-level cache.
+_ROW_PADDING = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A buffer of `width` values for each token of a step; `values` [max_tokens, padded width] begin as zeros."""
+
+    values: torch.Tensor
+    width: int
+
+    @property
+    def address(self) -> int:
+        return self.values.data_ptr()
+
+    @property
+    def row_bytes(self) -> int:
+        return self.values.stride(0) * self.values.itemsize
+
+
+class Program:
+    """Built once, run each step.
+
+    `operations` hold addresses of all that was passed in; `keep` keeps that alive.
+    """
+
+    def __init__(self, max_tokens: int, dtype: torch.dtype) -> None:
+        assert dtype in PACK
+        self._max_tokens = max_tokens
+        self._dtype = dtype
+        self._operations: list[Operation] = []
+        self._kept: list[torch.Tensor] = []
+
+    def rows(self, width: int, dtype: torch.dtype | None = None) -> Rows:
+        """A buffer, of the weights' dtype if none is given."""
+        values = torch.zeros(self._max_tokens, padded(width) + _ROW_PADDING, dtype=dtype or self._dtype)
+        return Rows(values, width)
+
+    def embed(self, table: PackedMatrix, output: Rows) -> None:
+        """output = the table's rows of the tokens. `output` is float32, as are all residuals."""
+        self._add(Kind.EMBED, None, output, weight=table.values, n=table.n, k=table.k)
+
+    def rms_norm(self, source: Rows, scale: torch.Tensor, epsilon: float, output: Rows) -> None:
+        wide = torch.zeros(padded(source.width))
+        wide[: source.width] = scale
+        self._add(Kind.NORMALIZE, source, output, weight=wide, epsilon=epsilon, n=source.width)
+
+    def project(self, source: Rows, matrix: PackedMatrix, output: Rows, finish: Finish) -> None:
+        """output = source times the matrix, or what `finish` makes of it."""
+        assert source.width == matrix.k
+        self._add(
+            Kind.PROJECT, source, output, weight=matrix.values, bias=matrix.bias, finish=finish, n=matrix.n, k=matrix.k
+        )
+
+    def rotate_and_store(self, layer: int, projected: Rows, queries: Rows) -> None:
+        """Takes q, k and v side by side: turned q to `queries`, turned k and v to the KV cache."""
+        self._add(Kind.ROTATE_AND_STORE, projected, queries, layer=layer)
+
+    def attend(self, layer: int, queries: Rows, output: Rows) -> None:
+        self._add(Kind.ATTEND, queries, output, layer=layer)
+
+    def compile(self) -> "ctypes.Array[Operation]":
+        """What `Kernels.run` takes. Valid while this program lives."""
+        return (Operation * len(self._operations))(*self._operations)
+
+    def _add(
+        self,
+        kind: Kind,
+        source: Rows | None,
+        output: Rows,
+        *,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        finish: Finish = Finish.STORE,
+        layer: int = 0,
+        epsilon: float = 0.0,
+        n: int = 0,
+        k: int = 0,
+    ) -> None:
+        self._kept += [rows.values for rows in (source, output) if rows is not None]
+        self._kept += [tensor for tensor in (weight, bias) if tensor is not None]
+        self._operations.append(
+            Operation(
+                kind=kind,
+                finish=finish,
+                layer=layer,
+                epsilon=epsilon,
+                input=None if source is None else source.address,
+                input_bytes=0 if source is None else source.row_bytes,
+                output=output.address,
+                output_bytes=output.row_bytes,
+                weight=None if weight is None else weight.data_ptr(),
+                bias=None if bias is None else bias.data_ptr(),
+                n=n,
+                k=k,
+            )
+        )
