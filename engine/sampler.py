@@ -4,6 +4,7 @@ What a request asks for is laid down in arrays by its seat when it gets that, so
 grow with the batch, except for requests with penalties, biases or logprobs.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from engine.counter_rng import stream_key
 from engine.logit_edits import LogitEdits
 from engine.request import Request
-from engine.sampling_ops import Draws, SamplingOps
+from engine.sampling_ops import NEVER, Draws, SamplingOps
 from pdmesh.types import TokenLogprob
 
 
@@ -35,7 +36,7 @@ class Sampler:
         self._temperatures = np.zeros(num_seats, np.float32)
         self._top_ks = np.zeros(num_seats, np.int64)
         self._top_ps = np.ones(num_seats, np.float64)
-        self._min_ps = np.zeros(num_seats, np.float32)
+        self._floors = np.full(num_seats, -NEVER, np.float32)
         self._keys = np.zeros(num_seats, np.int64)
         self._num_prompt_tokens = np.zeros(num_seats, np.int64)
         self._edits: list[LogitEdits | None] = [None] * num_seats
@@ -49,7 +50,7 @@ class Sampler:
         self._temperatures[seat] = 0.0 if sampling.greedy else max(sampling.temperature, 1e-6)
         self._top_ks[seat] = sampling.top_k
         self._top_ps[seat] = sampling.top_p
-        self._min_ps[seat] = sampling.min_p
+        self._floors[seat] = max(math.log(sampling.min_p), -NEVER) if sampling.min_p else -NEVER
         self._keys[seat] = stream_key(sampling.seed, request.source.completion_index)
         self._num_prompt_tokens[seat] = request.num_prompt_tokens
         edits = LogitEdits(sampling, self._vocab_size, self._device) if LogitEdits.needed(sampling) else None
@@ -104,7 +105,7 @@ class Sampler:
             temperatures=self._temperatures[seats],
             top_ks=self._top_ks[seats],
             top_ps=self._top_ps[seats],
-            min_ps=self._min_ps[seats],
+            floors=self._floors[seats],
             keys=self._keys[seats],
             counters=(num_tokens - self._num_prompt_tokens[seats]) << 32,
         )

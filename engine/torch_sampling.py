@@ -7,8 +7,7 @@ import numpy.typing as npt
 import torch
 
 from engine.counter_rng import gumbel
-from engine.sampling_ops import NEVER, Draws
-from pdmesh.errors import InternalError
+from engine.sampling_ops import Draws, not_finite
 from pdmesh.types import TokenLogprob
 
 # Logits of random choices worked on at once: bounds the memory, and on a CPU keeps it in the caches.
@@ -25,7 +24,7 @@ class TorchSampling:
     def likeliest(self, logits: torch.Tensor) -> npt.NDArray[np.int64]:
         values, token_ids = logits.max(dim=-1)
         if not values.isfinite().all():
-            raise InternalError("the model's logits are not finite: its weights or its KV cache are damaged")
+            raise not_finite()
         found: npt.NDArray[np.int64] = token_ids.cpu().numpy()
         return found
 
@@ -59,7 +58,7 @@ def _draw(logits: torch.Tensor, draws: Draws, part: slice) -> torch.Tensor:
 
     logits = logits[of(draws.rows)]
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / of(draws.temperatures).unsqueeze(1)
-    thresholds = of(draws.min_ps).log().clamp_(min=-NEVER)
+    thresholds = of(draws.floors).clone()
     truncated = np.flatnonzero((draws.top_ks[part] > 0) | (draws.top_ps[part] < 1.0))
     if len(truncated):
         index = torch.from_numpy(truncated).to(device)
