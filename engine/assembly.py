@@ -6,11 +6,10 @@ from typing import Protocol
 
 import torch
 
+from engine.backend import choose_backend, kv_layout
 from engine.config import EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
-from engine.cpu.executor import CpuExecutor, cpu_layout, load_kernels
-from engine.executor import ModelExecutor, TorchExecutor
-from engine.kv_cache import PLAIN, KVCache, bytes_per_block
+from engine.kv_cache import KVCache, bytes_per_block
 from engine.loader import DTYPES, LoadedModel
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -43,14 +42,13 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
     dtype = DTYPES[config.dtype_name]
     block_bytes = bytes_per_block(shape, config.block_size, dtype)
     size = cache_size(config, block_bytes, shape.max_position, available_memory_bytes(device))
-    layout = cpu_layout(shape, config.block_size, dtype) if device.type == "cpu" else None
     kv_cache = KVCache(
         shape,
         num_blocks=size.num_blocks,
         block_size=config.block_size,
         dtype=dtype,
         device=device,
-        layout=layout or PLAIN,
+        layout=kv_layout(config, shape, dtype),
     )
     scheduler_config = SchedulerConfig(
         num_blocks=size.num_blocks,
@@ -60,13 +58,17 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_prefill_chunk=config.max_prefill_chunk,
     )
+    max_blocks = scheduler_config.max_request_blocks
+    backend = choose_backend(config, loaded, kv_cache, max_model_len=size.max_model_len, max_blocks=max_blocks)
     runner = ModelRunner(
-        _executor(config, loaded, kv_cache, size.max_model_len),
+        backend.executor,
+        sampling=backend.sampling,
+        batch_device=backend.batch_device,
         device=device,
         block_size=config.block_size,
         vocab_size=shape.vocab_size,
         num_seats=config.max_num_seqs,
-        max_blocks=scheduler_config.max_request_blocks,
+        max_blocks=max_blocks,
     )
     return Assembly(
         core=EngineCore(Scheduler(scheduler_config), runner),
@@ -83,17 +85,3 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
             kv_layout=kv_cache.layout.name,
         ),
     )
-
-
-def _executor(config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, max_model_len: int) -> ModelExecutor:
-    if config.kernels == "auto" and kv_cache.layout != PLAIN and (kernels := load_kernels(kv_cache.dtype)):
-        return CpuExecutor(
-            kernels,
-            loaded.model,
-            loaded.config,
-            kv_cache,
-            max_tokens=config.max_num_batched_tokens,
-            max_position=max_model_len,
-            num_threads=torch.get_num_threads(),
-        )
-    return TorchExecutor(loaded.model, kv_cache)

@@ -31,7 +31,8 @@ class ModelRunner:
     Every plan must be run, once and in order; after a failure, the requests of its plan are not run again.
 
     Args:
-        device: Where the executor computes.
+        device: Where the executor's logits lie.
+        batch_device: Where it takes batches; default: there too.
         block_size: Tokens in a KV block.
         vocab_size: Width of the model's logits.
         num_seats: Requests in a batch at most.
@@ -48,10 +49,11 @@ class ModelRunner:
         vocab_size: int,
         num_seats: int,
         max_blocks: int,
+        batch_device: torch.device | None = None,
         sampling: SamplingOps | None = None,
     ) -> None:
         self._executor = executor
-        self._device = device
+        self._batch_device = batch_device or device
         self._block_size = block_size
         self._sampler = Sampler(sampling or TorchSampling(), num_seats=num_seats, vocab_size=vocab_size, device=device)
         # By seat. Behind a request's blocks its row holds zeros.
@@ -157,7 +159,7 @@ class ModelRunner:
         return logprobs
 
     def _on_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self._batch_device)
 
 
 def _chunk_ids(chunk: PrefillChunk) -> npt.NDArray[np.int64]:

@@ -1,11 +1,8 @@
 """Runs a model on a CPU with the kernels: one call for all layers of a step, which leaves the interpreter free."""
 
-import logging
-
 import torch
 
 from engine.batch import Batch
-from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.library import Decoder, Finish, Kernels, Kind, Operation, Step
 from engine.cpu.llama import lower_llama
 from engine.cpu.packing import PACK, Packer, padded
@@ -16,8 +13,6 @@ from engine.models.causal_lm import CausalLM
 from engine.models.llama import LlamaForCausalLM
 from engine.rope import rotation_table
 
-log = logging.getLogger(__name__)
-
 # kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
 _MAX_HEAD_DIM = 256
@@ -25,18 +20,11 @@ _MAX_HEAD_DIM = 256
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
-    if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
+    if config.architecture != "LlamaForCausalLM" or dtype not in PACK:
+        return None
+    if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
     return KVLayout(PACK[dtype])
-
-
-def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for this machine; None, and a warning that says what to do, where they cannot be had."""
-    try:
-        return Kernels(kernels_path(this_target()), dtype)
-    except (BuildError, OSError) as error:
-        log.warning("computing in plain torch, several times slower than the CPU kernels: %s", error)
-        return None
 
 
 class CpuExecutor:
