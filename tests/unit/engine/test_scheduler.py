@@ -119,6 +119,77 @@ def test_decodes_come_before_prefill_chunks_and_share_the_budget() -> None:
     assert step(scheduler) == [(a, 1), (b, 1), (c, 1)]
 
 
+def test_one_prompt_after_the_other_where_a_step_is_full_enough() -> None:
+    scheduler = Scheduler(replace(CONFIG, num_full_rate_tokens=6))
+    short, shorter, long, last = request(4), request(3, first=20), request(12, first=40), request(2, first=60)
+    for r in (short, shorter, long, last):
+        scheduler.add(r)
+    # Four tokens leave the step half empty, so a second prompt joins; seven do not.
+    assert step(scheduler) == [(short, 4), (shorter, 3)]
+    # A chunk is as long as ever, and what it leaves of the step is not for others.
+    assert step(scheduler) == [(short, 1), (shorter, 1), (long, 8)]
+    assert step(scheduler) == [(short, 1), (shorter, 1), (long, 4), (last, 2)]
+
+
+def test_prompts_slow_decodes_down_only_so_far() -> None:
+    config = SchedulerConfig(
+        num_blocks=100,
+        block_size=16,
+        max_model_len=1600,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        max_prefill_chunk=512,
+        max_mixed_slowdown=2.0,
+        max_prefill_wait_s=1.0,
+    )
+    scheduler = Scheduler(config)
+    decoding, prompt = request(10, max_tokens=100), request(200, first=100)
+    scheduler.add(decoding)
+    assert step(scheduler) == [(decoding, 10)]
+    # A step of n tokens takes 9 + n ms. Beside a decode, which takes 10, prompts get 10 more: 10 tokens, or the least.
+    scheduler.record_duration(10, 0.019)
+    scheduler.record_duration(1, 0.010)
+    scheduler.add(prompt)
+    assert step(scheduler) == [(decoding, 1), (prompt, 16)]
+    # Once tokens turn out to cost next to nothing, it gets all that it lacks.
+    for _ in range(100):
+        scheduler.record_duration(17, 0.0104)
+        scheduler.record_duration(1, 0.0100)
+    [decode, (_, num_tokens)] = step(scheduler)
+    assert decode == (decoding, 1)
+    assert num_tokens == 184
+    # Without decodes a prompt has the step for itself.
+    scheduler.abort(decoding)
+    alone = request(300, first=400)
+    scheduler.add(alone)
+    scheduler.abort(prompt)
+    assert step(scheduler) == [(alone, 300)]
+
+
+def test_a_long_queue_slows_decodes_down_more() -> None:
+    config = SchedulerConfig(
+        num_blocks=100,
+        block_size=16,
+        max_model_len=1600,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        max_prefill_chunk=512,
+        max_prefill_wait_s=1.0,
+    )
+    scheduler = Scheduler(config)
+    decoding, prompt = request(10, max_tokens=100), request(600, first=100)
+    scheduler.add(decoding)
+    step(scheduler)
+    scheduler.record_duration(10, 0.019)
+    scheduler.record_duration(1, 0.010)
+    scheduler.add(prompt)
+    # Of a second, 600 tokens of 1 ms leave time for 40 decodes of 10 ms: with the least share it is done in 38.
+    assert step(scheduler) == [(decoding, 1), (prompt, 16)]
+    # Now more are queued than can be computed in a second.
+    scheduler.add(request(600, first=1000))
+    assert step(scheduler) == [(decoding, 1), (prompt, 511)]
+
+
 def test_no_more_run_than_there_are_seats() -> None:
     scheduler = Scheduler(CONFIG)
     requests = [request(2, first=10 * i) for i in range(6)]
