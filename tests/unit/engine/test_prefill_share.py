@@ -91,8 +91,9 @@ def test_a_mixed_step_takes_at_most_so_many_times_as_long() -> None:
 
 def test_more_join_where_the_queue_would_take_too_long() -> None:
     # 4096 tokens take 1.024 s by themselves; 0.976 s are left for the decodes of their steps, 7 ms each: 139 steps.
-    assert limit(8, 4096) == 29
-    assert limit(8, 4096) * 139 < 4096 < (29 + 1) * 140
+    num_tokens = limit(8, 4096)
+    assert num_tokens == 29
+    assert 139 * num_tokens < 4096 < 140 * (num_tokens + 1)
 
 
 def test_all_may_join_where_the_queue_takes_too_long_by_itself() -> None:
