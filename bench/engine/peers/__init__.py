@@ -1,0 +1,1 @@
+"""The adapters that peers run: nothing of ours is imported here but the adapter itself."""
