@@ -1,5 +1,6 @@
 """An engine in a process of its own, spoken to by JSON lines; peers/adapter.py describes the messages."""
 
+import contextlib
 import json
 import os
 import select
@@ -81,12 +82,16 @@ class EngineProcess:
     def close(self) -> None:
         """Ends the process; idempotent."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        assert self._process.stdout is not None
+        # What it did not read any more is lost with it.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
