@@ -5,8 +5,9 @@ would make every decoding request wait many times as long for its next token. Wh
 steps themselves, as fixed_s + token_s * tokens, which holds well from a few rows to many, on CPUs and GPUs; then
 
 - prompts get what makes a step at most `max_slowdown` times as long as its decodes alone would make it,
-- or more, where otherwise all that is queued would not be computed within `max_wait_s`: whoever waits in the queue
-  loses more than those who decode, and the batch would shrink for lack of newcomers.
+- or more, where otherwise all that is queued would not be computed within `max_wait_s`: then whoever waits loses more
+  than those who decode, and the batch would shrink for lack of newcomers. But these keep a quarter of the time, for
+  where more comes than can be computed, no share would shorten the queue.
 
 Knows counts and durations that it is told, no clock.
 """
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 _DECAY = 0.98
 # A longer step than this many times the expected counts as that: the machine was busy with something else.
 _MAX_SURPRISE = 3.0
+# What the longest queue may come to make of a step.
+_MAX_QUEUE_SLOWDOWN = 4.0
 # Prompt tokens that join in any case, so that prompts never stand still.
 _MIN_TOKENS = 16
 
@@ -48,6 +51,7 @@ class StepCostEstimate:
         return self._cost
 
     def record(self, num_tokens: int, duration_s: float) -> None:
+        duration_s = max(duration_s, 1e-9)
         if self._cost is not None:
             duration_s = min(duration_s, _MAX_SURPRISE * self._cost.of(num_tokens))
         weight = 1.0 / num_tokens
@@ -75,18 +79,20 @@ class StepCostEstimate:
 
 def max_prefill_tokens(
     cost: StepCost, num_decodes: int, num_queued_tokens: int, *, max_slowdown: float, max_wait_s: float
-) -> int | None:
-    """Prompt tokens for a step with `num_decodes` decodes, of `num_queued_tokens` in all; None: as many as there are.
+) -> int:
+    """Prompt tokens for a step with `num_decodes` decodes.
 
     Args:
+        num_queued_tokens: Prompt tokens that are to be computed in all.
         max_slowdown: At least 1.
         max_wait_s: Time in which what is queued now should be computed.
     """
     decodes_s = cost.of(num_decodes)
-    # In a step of n prompt tokens these take token_s * n of it: the queue is done after num_queued / n such steps.
+    # Tokens that cost as much as the decodes do.
+    num_equal = decodes_s / cost.token_s
+    num_tokens = (max_slowdown - 1) * num_equal
+    max_tokens = max(num_tokens, (_MAX_QUEUE_SLOWDOWN - 1) * num_equal)
+    # In steps of n prompt tokens the queue is done after num_queued / n of them, each with its decodes.
     spare_s = max_wait_s - cost.token_s * num_queued_tokens
-    if spare_s <= 0:
-        return None
-    by_slowdown = (max_slowdown - 1) * decodes_s / cost.token_s
-    by_wait = num_queued_tokens * decodes_s / spare_s
-    return max(_MIN_TOKENS, int(max(by_slowdown, by_wait)))
+    in_time = num_queued_tokens * decodes_s / spare_s if spare_s > 0 else max_tokens
+    return max(_MIN_TOKENS, int(min(max(num_tokens, in_time), max_tokens)))

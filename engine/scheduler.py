@@ -311,7 +311,7 @@ class Scheduler:
             max_slowdown=config.max_mixed_slowdown,
             max_wait_s=config.max_prefill_wait_s,
         )
-        return num_left if limit is None else min(limit, num_left)
+        return min(limit, num_left)
 
     def _serve_waiting(self, budget: PrefillBudget) -> None:
         """Serves the queue in its order until its head lacks something."""

@@ -78,7 +78,7 @@ def test_both_parts_are_never_negative(steps: list[tuple[int, float]]) -> None:
 COST = StepCost(FIXED_S, TOKEN_S)
 
 
-def limit(num_decodes: int, num_queued_tokens: int, cost: StepCost = COST) -> int | None:
+def limit(num_decodes: int, num_queued_tokens: int, cost: StepCost = COST) -> int:
     return max_prefill_tokens(cost, num_decodes, num_queued_tokens, max_slowdown=1.75, max_wait_s=2.0)
 
 
@@ -96,8 +96,10 @@ def test_more_join_where_the_queue_would_take_too_long() -> None:
     assert 139 * num_tokens < 4096 < 140 * (num_tokens + 1)
 
 
-def test_all_may_join_where_the_queue_takes_too_long_by_itself() -> None:
-    assert limit(8, 8000) is None
+def test_decodes_keep_a_quarter_of_the_time_however_long_the_queue() -> None:
+    num_tokens = limit(8, 100_000)
+    assert num_tokens == 84
+    assert COST.of(8 + num_tokens) <= 4 * COST.of(8)
 
 
 def test_prompts_never_stand_still() -> None:
