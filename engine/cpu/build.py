@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "kernels"
 _BUILT = Path(__file__).parent / "built"
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 

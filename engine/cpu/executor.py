@@ -1,5 +1,7 @@
 """Runs a model on a CPU with the kernels: one call for all layers of a step, which leaves the interpreter free."""
 
+import ctypes
+
 import torch
 
 from engine.batch import Batch
@@ -16,6 +18,10 @@ from engine.rope import rotation_table
 # kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
 _MAX_HEAD_DIM = 256
+
+# Multiply-adds of a step below which one thread computes it: threads that meet after each operation would wait for
+# each other longer than they work.
+_MIN_SHARED_WORK = 5_000_000
 
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
@@ -74,7 +80,7 @@ class CpuExecutor:
         step = Step(
             num_tokens=len(batch.input_ids),
             num_sequences=len(batch.query_lens),
-            max_blocks=batch.block_tables.shape[1],
+            max_blocks=batch.block_tables.stride(0),
             token_ids=batch.input_ids.data_ptr(),
             positions=batch.positions.data_ptr(),
             slots=batch.slot_mapping.data_ptr(),
@@ -82,7 +88,7 @@ class CpuExecutor:
             seq_lens=batch.seq_lens.ctypes.data,
             block_tables=batch.block_tables.data_ptr(),
         )
-        self._kernels.run(self._decoder, step, self._operations, self._num_threads)
+        self._run(step, self._operations, self._model.num_weights)
         hidden = self._model.hidden
         return hidden.values[: len(batch.input_ids), : hidden.width]
 
@@ -101,5 +107,9 @@ class CpuExecutor:
             k=lm_head.k,
         )
         assert num_rows <= len(self._logits)
-        self._kernels.run(self._decoder, Step(num_tokens=num_rows), (Operation * 1)(project), self._num_threads)
+        self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
         return self._logits[:num_rows, : lm_head.n]
+
+    def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
+        num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
+        self._kernels.run(self._decoder, step, operations, num_threads)

@@ -18,10 +18,12 @@ class LoweredModel:
     Attributes:
         hidden: Where the step's final hidden states come to lie.
         lm_head: From them to logits.
+        num_weights: Of the layers.
     """
 
     hidden: Rows
     lm_head: PackedMatrix
+    num_weights: int
 
 
 def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> LoweredModel:
@@ -32,9 +34,11 @@ def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> Lo
     normed = program.rows(embedding.k)
     program.embed(embedding, residual)
     buffers: _LayerBuffers | None = None
+    num_weights = 0
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, LlamaDecoderLayer)
         weights = _LayerWeights.taken(layer, packer)
+        num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
         program.project(normed, weights.qkv, buffers.projected, Finish.STORE)
@@ -46,7 +50,8 @@ def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> Lo
         program.project(normed, weights.gate_up, buffers.activated, Finish.SILU_MULTIPLY)
         program.project(buffers.activated, weights.down, residual, Finish.ADD)
     program.rms_norm(residual, decoder.norm.weight, decoder.norm.eps, normed)
-    return LoweredModel(normed, embedding if model.lm_head is None else _packed(packer, model.lm_head))
+    lm_head = embedding if model.lm_head is None else _packed(packer, model.lm_head)
+    return LoweredModel(normed, lm_head, num_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,10 @@ class _LayerWeights:
     output: PackedMatrix
     gate_up: PackedMatrix
     down: PackedMatrix
+
+    @property
+    def num_weights(self) -> int:
+        return sum(matrix.n * matrix.k for matrix in (self.qkv, self.output, self.gate_up, self.down))
 
     @staticmethod
     def taken(layer: LlamaDecoderLayer, packer: Packer) -> "_LayerWeights":

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -33,8 +33,23 @@ inline f32x16 as_float(u32x16 bits) { return load<f32x16>(&bits); }
 inline f32x16 as_float(i32x16 bits) { return load<f32x16>(&bits); }
 inline u32x16 as_bits(f32x16 values) { return load<u32x16>(&values); }
 
-// One rounding: compiled with -ffp-contract=fast, and written nowhere else, so that every caller gets the same.
-inline f32x16 fused_multiply_add(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+// a * b + c in one rounding. Elsewhere nothing is contracted (-ffp-contract=off): of a * b + c * d a compiler may fuse
+// either product, and which one may differ from caller to caller.
+inline f32x16 fused_multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  struct Halves {
+    __m256 low, high;
+  };
+  const Halves x = load<Halves>(&a), y = load<Halves>(&b), z = load<Halves>(&c);
+  const Halves result = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+  return load<f32x16>(&result);
+#else
+  for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
 
 inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
 

@@ -1,0 +1,109 @@
+"""Texts that a model computes step by step, cut and mixed as a test wants, and the logits that come of it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from engine.batch import Batch
+from engine.executor import ModelExecutor, TorchExecutor
+from engine.kv_cache import PLAIN, KVCache, KVLayout
+from engine.loader import LoadedModel, load_model
+
+CPU = torch.device("cpu")
+
+
+def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
+    return TorchExecutor(loaded.model, kv_cache)
+
+
+def load(directory: Path, dtype: str = "float32") -> LoadedModel:
+    return load_model(str(directory), dtype, CPU, lambda done, total: None)
+
+
+class Texts:
+    """Texts computed side by side in one cache, whose blocks are scattered and begin as NaN.
+
+    Args:
+        make_executor: Of the loaded model and the cache.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        texts: Sequence[Sequence[int]],
+        *,
+        block_size: int = 4,
+        layout: KVLayout = PLAIN,
+        make_executor: Callable[[LoadedModel, KVCache], ModelExecutor] = plain_torch,
+    ) -> None:
+        self.loaded = loaded
+        self.texts = [list(text) for text in texts]
+        self.num_computed = [0] * len(texts)
+        self.logits: list[list[torch.Tensor]] = [[] for _ in texts]
+        blocks_each = -(-max(map(len, texts)) // block_size)
+        # Block 0 belongs to no text: with it tables are padded.
+        order = torch.randperm(len(texts) * blocks_each, generator=torch.Generator().manual_seed(1)) + 1
+        self.tables = order.view(len(texts), blocks_each)
+        dtype = next(loaded.model.parameters()).dtype
+        num_blocks = len(order) + 1
+        self.cache = KVCache(
+            loaded.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU, layout=layout
+        )
+        self.cache.data.fill_(torch.nan)
+        self.executor = make_executor(loaded, self.cache)
+
+    def step(self, num_tokens: dict[int, int]) -> None:
+        """Computes the next tokens, as many as said, of each text named, in the order named."""
+        block_size = self.cache.block_size
+        input_ids: list[int] = []
+        positions: list[torch.Tensor] = []
+        slots: list[torch.Tensor] = []
+        seq_lens = []
+        for text, count in num_tokens.items():
+            begin, end = self.num_computed[text], self.num_computed[text] + count
+            assert end <= len(self.texts[text])
+            input_ids += self.texts[text][begin:end]
+            positions.append(torch.arange(begin, end))
+            slots.append(self.tables[text][positions[-1] // block_size] * block_size + positions[-1] % block_size)
+            seq_lens.append(end)
+        tables = self.tables[list(num_tokens)].clone()
+        for row, seq_len in enumerate(seq_lens):
+            tables[row, -(-seq_len // block_size) :] = 0
+        batch = Batch(
+            input_ids=torch.tensor(input_ids),
+            positions=torch.cat(positions),
+            slot_mapping=torch.cat(slots),
+            query_lens=np.array(list(num_tokens.values())),
+            seq_lens=np.array(seq_lens),
+            block_tables=tables[:, : -(-max(seq_lens) // block_size)],
+            logits_rows=torch.arange(len(input_ids)),
+        )
+        hidden = self.executor.forward(batch)
+        logits = self.executor.logits(hidden[batch.logits_rows])
+        for text, part in zip(num_tokens, torch.split(logits, list(num_tokens.values())), strict=True):
+            self.num_computed[text] += len(part)
+            self.logits[text].append(part.clone())
+
+    def logits_of(self, text: int) -> torch.Tensor:
+        """[tokens, vocab]"""
+        assert self.num_computed[text] == len(self.texts[text])
+        return torch.cat(self.logits[text])
+
+
+def random_text(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def reference_logits(directory: Path, text: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        model = LlamaForCausalLM.from_pretrained(directory)
+        logits: torch.Tensor = model(torch.tensor([text])).logits[0]
+    return logits
+
+
+def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 * float(expected.std()))
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))

@@ -1,0 +1,140 @@
+"""The CPU kernels give the logits of transformers, and of a row the same bits whatever is computed beside it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.cpu.build import X86_TARGETS, Target, kernels_path, this_target
+from engine.cpu.executor import CpuExecutor
+from engine.cpu.library import Kernels
+from engine.executor import ModelExecutor
+from engine.kv_cache import KVCache, KVLayout
+from engine.loader import LoadedModel
+from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
+
+SHAPES = ["gqa", "mha", "mqa-tied", "biases", "rope-linear", "rope-llama3", "rope-yarn"]
+# The best of this machine, and those below it: what it computes, lesser machines compute with.
+TARGETS = X86_TARGETS[X86_TARGETS.index(this_target()) :] if this_target() in X86_TARGETS else (this_target(),)
+PACK = {"float32": 1, "bfloat16": 2}
+
+
+def texts_on_kernels(
+    directory: Path,
+    texts: Sequence[Sequence[int]],
+    *,
+    dtype: str = "float32",
+    block_size: int = 16,
+    target: Target | None = None,
+    num_threads: int = 2,
+) -> Texts:
+    def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
+        return CpuExecutor(
+            Kernels(kernels_path(target or this_target()), kv_cache.dtype),
+            loaded.model,
+            loaded.config,
+            kv_cache,
+            max_tokens=512,
+            max_position=256,
+            num_threads=num_threads,
+        )
+
+    return Texts(
+        load(directory, dtype),
+        texts,
+        block_size=block_size,
+        layout=KVLayout(PACK[dtype]),
+        make_executor=make_executor,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
+def test_chunked_prefill_equals_transformers(tiny_llama: Callable[[str], Path], shape: str, chunk: int) -> None:
+    directory = tiny_llama(shape)
+    text = random_text(150)
+    texts = texts_on_kernels(directory, [text])
+    for begin in range(0, len(text), chunk):
+        texts.step({0: min(chunk, len(text) - begin)})
+    assert_same_logits(texts.logits_of(0), reference_logits(directory, text))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", PACK)
+def test_every_processor_computes_the_same_model(tiny_llama: Callable[[str], Path], target: Target, dtype: str) -> None:
+    directory = tiny_llama("biases")
+    # 13 and 25 rows: more than one tile of rows, of uneven size.
+    text = random_text(13 + 25 + 1)
+    expected = reference_logits(directory, text)
+    ours, plain = texts_on_kernels(directory, [text], dtype=dtype, target=target), Texts(load(directory, dtype), [text])
+    for texts in (ours, plain):
+        texts.step({0: 13})
+        texts.step({0: 25})
+        texts.step({0: 1})
+    if dtype == "float32":
+        assert_same_logits(ours.logits_of(0), expected)
+    else:
+        # As near as torch comes with the same weights.
+        assert _error(ours.logits_of(0), expected) < 1.2 * _error(plain.logits_of(0), expected)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_blocks_of_any_multiple_of_sixteen(tiny_llama: Callable[[str], Path], block_size: int) -> None:
+    directory = tiny_llama("gqa")
+    text = random_text(150)
+    texts = texts_on_kernels(directory, [text], block_size=block_size)
+    for count in (37, 60, 1, 52):
+        texts.step({0: count})
+    assert_same_logits(texts.logits_of(0), reference_logits(directory, text))
+
+
+@pytest.mark.parametrize("dtype", PACK)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(tiny_llama: Callable[[str], Path], dtype: str, num_threads: int) -> None:
+    text = random_text(130)
+    logits = []
+    for threads in (2, num_threads):
+        texts = texts_on_kernels(tiny_llama("gqa"), [text], dtype=dtype, num_threads=threads)
+        texts.step({0: 100})
+        texts.step({0: 30})
+        logits.append(texts.logits_of(0))
+    assert torch.equal(*logits)
+
+
+LENGTHS = (150, 97, 33, 16, 1)
+
+
+@pytest.mark.parametrize("dtype", PACK)
+def test_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(tiny_llama: Callable[[str], Path], dtype: str) -> None:
+    directory = tiny_llama("gqa")
+    tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
+    alone = []
+    for text in tokens:
+        whole = texts_on_kernels(directory, [text], dtype=dtype)
+        whole.step({0: len(text)})
+        alone.append(whole.logits_of(0))
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.dictionaries(st.integers(0, len(LENGTHS) - 1), st.integers(1, 100), min_size=1), max_size=12))
+    def check(steps: list[dict[int, int]]) -> None:
+        together = texts_on_kernels(directory, tokens, dtype=dtype)
+
+        def step(wanted: dict[int, int]) -> None:
+            counts = {text: min(n, LENGTHS[text] - together.num_computed[text]) for text, n in wanted.items()}
+            if some := {text: count for text, count in counts.items() if count}:
+                together.step(some)
+
+        for wanted in steps:
+            step(wanted)
+        step(dict(enumerate(LENGTHS)))
+        for text, expected in enumerate(alone):
+            assert torch.equal(together.logits_of(text), expected)
+
+    check()
+
+
+def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
