@@ -30,6 +30,13 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pdm
 ENTRYPOINT ["python", "-m"]
 CMD ["router"]
 
+# The CPU kernels, for every kind of processor that the image may meet: the worker's image has no compiler.
+FROM base AS kernels
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY engine/__init__.py engine/__init__.py
+COPY engine/cpu engine/cpu
+RUN python -m engine.cpu.build /kernels
+
 FROM base AS worker
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN if ls /opt/wheels/torch-2.13.0* >/dev/null 2>&1; then pip install --find-links /opt/wheels torch==2.13.0; \
@@ -40,6 +47,7 @@ RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
 COPY pdmesh pdmesh
 COPY kvstore kvstore
 COPY engine engine
+COPY --from=kernels /kernels engine/cpu/built
 COPY worker worker
 COPY prefill prefill
 COPY decode decode
