@@ -77,22 +77,38 @@ class StepCostEstimate:
         return StepCost(mean_s - token_s * mean_tokens, token_s)
 
 
-def max_prefill_tokens(
-    cost: StepCost, num_decodes: int, num_queued_tokens: int, *, max_slowdown: float, max_wait_s: float
-) -> int:
-    """Prompt tokens for a step with `num_decodes` decodes.
+class PrefillShare:
+    """Decides how many prompt tokens join the decodes of a step, from what steps took.
 
     Args:
-        num_queued_tokens: Prompt tokens that are to be computed in all.
         max_slowdown: At least 1.
-        max_wait_s: Time in which what is queued now should be computed.
+        max_wait_s: Time in which what is queued should be computed.
     """
-    decodes_s = cost.of(num_decodes)
-    # Tokens that cost as much as the decodes do.
-    num_equal = decodes_s / cost.token_s
-    num_tokens = (max_slowdown - 1) * num_equal
-    max_tokens = max(num_tokens, (_MAX_QUEUE_SLOWDOWN - 1) * num_equal)
-    # In steps of n prompt tokens the queue is done after num_queued / n of them, each with its decodes.
-    spare_s = max_wait_s - cost.token_s * num_queued_tokens
-    in_time = num_queued_tokens * decodes_s / spare_s if spare_s > 0 else max_tokens
-    return max(_MIN_TOKENS, int(min(max(num_tokens, in_time), max_tokens)))
+
+    def __init__(self, *, max_slowdown: float, max_wait_s: float) -> None:
+        self._max_slowdown = max_slowdown
+        self._max_wait_s = max_wait_s
+        self._estimate = StepCostEstimate()
+
+    def record(self, num_tokens: int, duration_s: float) -> None:
+        """Tells how long a step of so many tokens took."""
+        self._estimate.record(num_tokens, duration_s)
+
+    def max_tokens(self, num_decodes: int, num_queued_tokens: int) -> int | None:
+        """Prompt tokens for a step with `num_decodes` decodes; None: as many as fit.
+
+        Args:
+            num_queued_tokens: Prompt tokens that are to be computed in all.
+        """
+        cost = self._estimate.cost
+        if not num_decodes or cost is None:
+            return None
+        decodes_s = cost.of(num_decodes)
+        # Tokens that cost as much as the decodes do.
+        num_equal = decodes_s / cost.token_s
+        num_tokens = (self._max_slowdown - 1) * num_equal
+        most = max(num_tokens, (_MAX_QUEUE_SLOWDOWN - 1) * num_equal)
+        # In steps of n prompt tokens the queue is done after num_queued / n of them, each with its decodes.
+        spare_s = self._max_wait_s - cost.token_s * num_queued_tokens
+        in_time = num_queued_tokens * decodes_s / spare_s if spare_s > 0 else most
+        return max(_MIN_TOKENS, int(min(max(num_tokens, in_time), most)))

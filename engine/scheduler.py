@@ -28,7 +28,7 @@ from engine.block_pool import BlockPool
 from engine.leases import LeaseTable, Reservation
 from engine.ordered import Ordered
 from engine.outputs import StepOutput, StepOutputs
-from engine.prefill_share import StepCostEstimate, max_prefill_tokens
+from engine.prefill_share import PrefillShare
 from engine.prefix_waits import PrefixWaits
 from engine.request import Request, RequestStatus, Stop
 from engine.running import RunningRequests
@@ -95,7 +95,7 @@ class Scheduler:
         # Decodes whose blocks are full, the next token's not there yet.
         self._outgrown: list[Request] = []
         self._held: set[Request] = set()
-        self._step_cost = StepCostEstimate()
+        self._prefill_share = PrefillShare(max_slowdown=config.max_mixed_slowdown, max_wait_s=config.max_prefill_wait_s)
         self._num_queued_tokens = 0
         self._num_waiting_requests = 0
         self._due: list[StepOutput] = []
@@ -222,7 +222,7 @@ class Scheduler:
 
     def record_duration(self, num_tokens: int, duration_s: float) -> None:
         """Tells how long a step of so many tokens took: what later steps of prompts and decodes are measured by."""
-        self._step_cost.record(num_tokens, duration_s)
+        self._prefill_share.record(num_tokens, duration_s)
 
     def fail(self, plan: StepPlan, error: MeshError) -> StepOutputs:
         """Ends the requests of a step that failed, also those whose outputs an `update` that failed half-way lost."""
@@ -297,21 +297,11 @@ class Scheduler:
         self._outgrown.clear()
 
     def _max_prefill_tokens(self) -> int:
-        """What decodes leave of the next step, and how much of that is good for them."""
-        config = self.config
+        """What decodes leave of the next step, as far as it is good for them that prompts take it."""
         num_decodes = len(self._running.decoding)
-        num_left = config.max_num_batched_tokens - num_decodes
-        cost = self._step_cost.cost
-        if not num_decodes or cost is None:
-            return num_left
-        limit = max_prefill_tokens(
-            cost,
-            num_decodes,
-            self._num_queued_tokens,
-            max_slowdown=config.max_mixed_slowdown,
-            max_wait_s=config.max_prefill_wait_s,
-        )
-        return min(limit, num_left)
+        num_left = self.config.max_num_batched_tokens - num_decodes
+        limit = self._prefill_share.max_tokens(num_decodes, self._num_queued_tokens)
+        return num_left if limit is None else min(limit, num_left)
 
     def _serve_waiting(self, budget: PrefillBudget) -> None:
         """Serves the queue in its order until its head lacks something."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.prefill_share import StepCost, StepCostEstimate, max_prefill_tokens
+from engine.prefill_share import PrefillShare, StepCostEstimate
 
 # A step of the reference box: 5 ms for the weights, a quarter of a millisecond for each token.
 FIXED_S, TOKEN_S = 0.005, 0.00025
@@ -65,43 +65,46 @@ def test_keeps_the_cost_of_a_token_while_all_steps_are_alike() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(0.0, 100.0)), min_size=1, max_size=50))
-def test_both_parts_are_never_negative(steps: list[tuple[int, float]]) -> None:
+def test_whatever_steps_took_costs_are_positive(steps: list[tuple[int, float]]) -> None:
     cost = estimate_of(steps).cost
     if cost is not None:
-        assert cost.fixed_s >= 0
-        assert cost.token_s >= 0
-        max_prefill_tokens(cost, 3, 1000, max_slowdown=1.75, max_wait_s=2.0)
+        assert cost.fixed_s > 0
+        assert cost.token_s > 0
 
 
 # What it leaves.
 
-COST = StepCost(FIXED_S, TOKEN_S)
+
+def limit(num_decodes: int, num_queued_tokens: int, fixed_s: float = FIXED_S, token_s: float = TOKEN_S) -> int | None:
+    """Prompt tokens on a machine that takes so long for each step and each token."""
+    share = PrefillShare(max_slowdown=1.75, max_wait_s=2.0)
+    for num_tokens in (512, 8):
+        share.record(num_tokens, fixed_s + token_s * num_tokens)
+    return share.max_tokens(num_decodes, num_queued_tokens)
 
 
-def limit(num_decodes: int, num_queued_tokens: int, cost: StepCost = COST) -> int:
-    return max_prefill_tokens(cost, num_decodes, num_queued_tokens, max_slowdown=1.75, max_wait_s=2.0)
+def test_no_limit_without_decodes_or_knowledge() -> None:
+    assert limit(0, 1024) is None
+    assert PrefillShare(max_slowdown=1.75, max_wait_s=2.0).max_tokens(8, 1024) is None
 
 
 def test_a_mixed_step_takes_at_most_so_many_times_as_long() -> None:
-    num_tokens = limit(8, 1024)
     # 8 decodes take 7 ms, and 0.75 of that pays for 21 tokens.
-    assert num_tokens == 21
-    assert COST.of(8 + num_tokens) <= 1.75 * COST.of(8)
+    assert limit(8, 1024) == 21
+    assert duration(8 + 21) <= 1.75 * duration(8)
 
 
 def test_more_join_where_the_queue_would_take_too_long() -> None:
     # 4096 tokens take 1.024 s by themselves; 0.976 s are left for the decodes of their steps, 7 ms each: 139 steps.
-    num_tokens = limit(8, 4096)
-    assert num_tokens == 29
-    assert 139 * num_tokens < 4096 < 140 * (num_tokens + 1)
+    assert limit(8, 4096) == 29
+    assert 139 * 29 < 4096 < 140 * 30
 
 
 def test_decodes_keep_a_quarter_of_the_time_however_long_the_queue() -> None:
-    num_tokens = limit(8, 100_000)
-    assert num_tokens == 84
-    assert COST.of(8 + num_tokens) <= 4 * COST.of(8)
+    assert limit(8, 100_000) == 84
+    assert duration(8 + 84) <= 4 * duration(8)
 
 
 def test_prompts_never_stand_still() -> None:
-    # A machine on which the weights cost nothing: one decode takes as long as one token.
-    assert limit(1, 100, StepCost(0.0, 0.001)) == 16
+    # A machine on which the weights cost next to nothing: one decode takes as long as one token.
+    assert limit(1, 100, fixed_s=1e-6, token_s=0.001) == 16
