@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bench.engine.checkpoints import Checkpoints, bench_cache
 from bench.engine.installed import Installed
+from bench.engine.interference import Interference, between, processor_times
 from bench.engine.limits import LimitProbe, best
 from bench.engine.peers.adapter import LoadRequest
 from bench.engine.points import OURS, Point, compare
@@ -26,8 +27,9 @@ from pdmesh.errors import ConfigError
 
 # Between turns: threads of the last engine may spin for some 0.2 s before they sleep.
 _PAUSE_S = 0.3
-# Of one core, used by all waiting engines together.
-_MAX_IDLE_SHARE = 0.05
+# Used by all waiting engines together, and by processes that are not the bench's.
+_MAX_WAITING_CORES = 0.05
+_MAX_FOREIGN_CORES = 0.1
 # Below this, an engine computes another model, not the same one with other rounding.
 _MIN_SAME_TOKENS = 0.8
 
@@ -50,7 +52,7 @@ class Records:
     figures: dict[Point, dict[str, list[float]]]
     limits: dict[Point, list[Limits]]
     first_tokens: dict[str, list[int]]
-    idle_shares: list[float] = field(default_factory=list)
+    interference: list[Interference] = field(default_factory=list)
 
 
 def measure(
@@ -114,14 +116,13 @@ def _run_rounds(settings: Settings, engines: Sequence[EngineProcess], probe: Lim
             with console.status(f"round {number} of {settings.rounds}, {point.name}: {engine.name}"):
                 time.sleep(_PAUSE_S)
                 waiting = [other for other in engines if other is not engine]
-                used_s, began = sum(other.cpu_s() for other in waiting), time.perf_counter()
+                before = processor_times(engine, waiting)
                 measured = engine.measure(point.request(seed))
-                elapsed_s = time.perf_counter() - began
-                used_s = sum(other.cpu_s() for other in waiting) - used_s
+                interference = between(before, processor_times(engine, waiting))
             if number:
                 records.figures[point][engine.name].append(measured.tokens_per_s)
                 records.first_tokens[engine.name] += measured.first_tokens
-                records.idle_shares.append(used_s / elapsed_s)
+                records.interference.append(interference)
     return records
 
 
@@ -146,7 +147,10 @@ def _report(settings: Settings, checkpoints: Checkpoints, records: Records) -> d
         "same_first_token": {
             name: share_equal(ours, tokens) for name, tokens in records.first_tokens.items() if name != OURS
         },
-        "idle_share": statistics.mean(records.idle_shares),
+        "interference": {
+            name: statistics.mean(getattr(seen, name) for seen in records.interference)
+            for name in ("waiting_cores", "foreign_cores")
+        },
     }
 
 
@@ -156,9 +160,11 @@ def share_equal(left: Sequence[int], right: Sequence[int]) -> float:
 
 
 def _warn(report: dict[str, Any], console: Console) -> None:
-    if report["idle_share"] > _MAX_IDLE_SHARE:
-        share = report["idle_share"]
-        console.print(f"waiting engines used {share:.0%} of a core: the figures are too low", style="yellow")
+    waiting, foreign = report["interference"]["waiting_cores"], report["interference"]["foreign_cores"]
+    if waiting > _MAX_WAITING_CORES:
+        console.print(f"engines that wait used {waiting:.2f} cores: the figures are too low", style="yellow")
+    if foreign > _MAX_FOREIGN_CORES:
+        console.print(f"other processes used {foreign:.2f} cores: measure again on a quiet machine", style="yellow")
     for name, share in report["same_first_token"].items():
         if share < _MIN_SAME_TOKENS:
             console.print(f"only {share:.0%} of {name}'s first tokens are ours: is it the same model?", style="yellow")
