@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from engine.batch import Batch
+from engine.compiled import compile_layers
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
 from engine.loader import LoadedModel, load_model
+from tests.texts import assert_same_logits, random_text, reference_logits
 from tests.unit.engine.cuda_device import kernel_device, needs_cuda
 
 DEVICE = kernel_device()
@@ -60,7 +62,7 @@ class Replayed:
 class Texts:
     """Texts computed side by side in one cache, whose blocks are scattered and begin as NaN."""
 
-    def __init__(self, loaded: LoadedModel, texts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, loaded: LoadedModel, texts: Sequence[Sequence[int]], *, compiled: bool = False) -> None:
         self.texts = [list(text) for text in texts]
         self.num_computed = [0] * len(texts)
         self.logits: list[list[torch.Tensor]] = [[] for _ in texts]
@@ -76,6 +78,8 @@ class Texts:
             device=DEVICE,
         )
         self.cache.data.zero_()
+        if compiled:
+            compile_layers(loaded.model, self.cache)
         self.executor = _executor(loaded, self.cache, blocks_each)
         assert not self.cache.data.any(), "warming up writes nowhere"
         self.cache.data.fill_(torch.nan)
@@ -120,21 +124,6 @@ def _executor(loaded: LoadedModel, cache: KVCache, max_blocks: int) -> ModelExec
 
 def load(directory: Path, dtype: str = "float32") -> LoadedModel:
     return load_model(str(directory), dtype, DEVICE, lambda done, total: None)
-
-
-def random_text(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def reference_logits(directory: Path, text: Sequence[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = LlamaForCausalLM.from_pretrained(directory)(torch.tensor([text])).logits[0]
-    return logits
-
-
-def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 * float(expected.std()))
-    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 
 
 # The interpreter is slow: it gets every chunk size once, and every shape once.
@@ -269,3 +258,22 @@ def test_recorded_sizes_reach_the_most_sequences(max_num_seqs: int) -> None:
     assert sizes[0] == 1
     assert sizes[-1] == max_num_seqs
     assert all(larger <= max(2 * smaller, smaller + 32) for smaller, larger in pairwise(sizes))
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+# Torch's compiler uses what torch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_are_recorded_as_well(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    directory = tiny_llama("gqa")
+    text = random_text(60)
+    texts = Texts(load(directory), [text], compiled=True)
+    texts.step({0: 50})
+    for _ in range(10):
+        texts.step({0: 1})
+    assert_same_logits(texts.logits_of(0), reference_logits(directory, text))
