@@ -37,6 +37,7 @@ _POINTS = {
     "cuda": ("prefill_2048", "decode_b1", "decode_b32"),
 }
 _PARTS = {"cpu": ("peers", "mixed", "overhead", "start"), "cuda": ("peers", "mixed")}
+_PEERS = {"cpu": installed.PEERS, "cuda": ("transformers",)}
 # Where files are memory: 16 GB need not be written to a disk.
 _TMPFS = Path("/dev/shm")
 
@@ -126,7 +127,7 @@ class _Bench:
     def _find_peers(self) -> list[installed.Installed]:
         options = self._options
         peers = []
-        for name in installed.PEERS if options.peers is None else options.peers:
+        for name in _PEERS[options.device] if options.peers is None else options.peers:
             try:
                 peers.append(installed.find_peer(name, device=options.device, threads=options.threads))
             except ConfigError as error:

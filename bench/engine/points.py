@@ -43,6 +43,7 @@ class Point:
         return {"decode": self.size, "prompt": DECODE_PROMPT, "tokens": DECODE_TOKENS, "seed": seed}
 
     def work(self, config: ModelConfig, bytes_per_value: int) -> Work:
+        """Of the prompt, or of a step half-way through the decoding of sequences that all began at once."""
         if self.kind == "prefill":
             return prefill_work(config, self.size, bytes_per_value)
         return decode_work(config, self.size, DECODE_PROMPT + DECODE_TOKENS / 2, bytes_per_value)
