@@ -44,7 +44,8 @@ _TMPFS = Path("/dev/shm")
 
 def main() -> None:
     options = _parser().parse_args()
-    console = Console()
+    # Wide enough for the tables where they go to a file.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         with ExitStack() as stack:
             report = _Bench(options, console, stack).run()

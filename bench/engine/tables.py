@@ -17,7 +17,7 @@ def throughput_table(report: dict[str, Any]) -> Table:
     )
     peers = [name for name in report["engines"] if name != "ours"]
     table.add_column("point")
-    for name in ("ours", *peers, "ours / best peer", "share of limit", "spread of ours"):
+    for name in ("ours", *peers, "ours / best peer", "share of limit", "spread"):
         table.add_column(name, justify="right")
     for point, figures in report["points"].items():
         ratio = figures["ratio_to_best"]
