@@ -22,8 +22,8 @@ from tests.mesh import Mesh
 from tests.tiny_models import VOCAB_SIZE
 
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
-# One token of a prompt per step: a prompt of 900 tokens takes about a second.
-SLOW_PREFILL = {"max_prefill_chunk": 1}
+# One token of a prompt per step of plain torch: 900 tokens take seconds, as a prompt and as an answer.
+SLOW = {"max_prefill_chunk": 1, "kernels": "torch"}
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -58,7 +58,7 @@ async def streaming(client: AsyncClient, tokens: list[int]) -> AsyncIterator[lis
 
 
 async def test_client_leaves_while_queued(tiny_model: Path) -> None:
-    async with Mesh(tiny_model, engine={**SLOW_PREFILL, "max_num_seqs": 1}) as mesh:
+    async with Mesh(tiny_model, engine={**SLOW, "max_num_seqs": 1}) as mesh:
         engine = mesh.prefills[0].host.engine
         async with streaming(mesh.client, prompt(900)):
             await until(lambda: engine.load().num_running == 1, "the first prompt being computed")
@@ -71,7 +71,7 @@ async def test_client_leaves_while_queued(tiny_model: Path) -> None:
 
 
 async def test_client_leaves_during_prefill(tiny_model: Path) -> None:
-    async with Mesh(tiny_model, engine=SLOW_PREFILL) as mesh:
+    async with Mesh(tiny_model, engine=SLOW) as mesh:
         engine = mesh.prefills[0].host.engine
         async with streaming(mesh.client, prompt(900)) as events:
             await until(lambda: engine.load().num_running == 1, "the prompt being computed")
@@ -121,7 +121,7 @@ async def test_a_request_waits_for_room_and_then_goes_on(tiny_model: Path) -> No
 
 
 async def test_deadline_ends_the_work_in_time(tiny_model: Path) -> None:
-    async with Mesh(tiny_model, engine=SLOW_PREFILL) as mesh:
+    async with Mesh(tiny_model, engine=SLOW) as mesh:
         with pytest.raises(DeadlineError):
             await mesh.client.generate(tokens=prompt(900), sampling=ENDLESS, timeout_s=0.2)
         await mesh.assert_idle()
