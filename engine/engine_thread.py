@@ -1,6 +1,7 @@
 """The thread that owns a model: it takes commands between steps, steps while anything can run, and sleeps otherwise."""
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from engine.scheduler import Scheduler
 from pdmesh.types import Load
 
 log = logging.getLogger(__name__)
+
+# A thread that waits for the interpreter asks for it after so long. An event loop lets go of it in each turn for an
+# instant, too short for a thread to wake up and take it, and if its turns are shorter than this the thread never gets
+# to ask: at Python's 5 ms a busy loop kept the engine waiting for seconds in each step (docs/performance.md).
+_SWITCH_INTERVAL_S = 20e-6
 
 # Something to do between steps. It must not raise: whoever posts it says what becomes of its errors.
 Command = Callable[[Scheduler], None]
@@ -28,6 +34,11 @@ class Delivery:
     outputs: Iterable[StepOutput]
     granted: list[Reservation]
     block_events: BlockEvents
+
+
+def get_interpreter_in_time() -> None:
+    """Has any thread of this process that needs the interpreter get it promptly; for good, and for all threads."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 class EngineThread:
@@ -61,6 +72,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
+        get_interpreter_in_time()
         self._thread.start()
 
     @property

@@ -14,6 +14,7 @@ import torch
 from bench.engine.decoding import decoding_core
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.engine_thread import get_interpreter_in_time
 
 _PROMPT = 64
 _STEPS = 64
@@ -22,6 +23,7 @@ _NUM_STREAMS = 32
 
 async def measure(config: EngineConfig, *, num_running: int) -> dict[str, float]:
     """Milliseconds of a decode step, p50: with the event loop idle, with it busy, and what the second adds."""
+    get_interpreter_in_time()
     core = decoding_core(config, num_running=num_running, prompt_tokens=_PROMPT, num_steps=4 * _STEPS)
     # In turns, for the machine may drift.
     idle_s: list[float] = []
