@@ -129,14 +129,16 @@ class AttentionTile {
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
       peak_[row] = -INFINITY;
-      total_[row] = 0;
+      total_[row] = f32x16{};
     }
     std::fill_n(outputs_, rows * head_dim, 0.0f);
     const int64_t end = visible_[rows - 1];
+    // Softmax in powers of two.
+    scale *= 1.44269504f;
     for (int64_t start = 0; start < end; start += kKeys)
       add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
     for (int row = 0; row < rows; ++row) {
-      const float share = 1.0f / total_[row];
+      const float share = 1.0f / horizontal_sum(total_[row]);
       Value* output = reinterpret_cast<Value*>(outputs + place(row, output_bytes));
       for (int64_t i = 0; i < head_dim; i += 16)
         Element::narrow(output + i, load<f32x16>(outputs_ + row * head_dim + i) * share);
@@ -154,6 +156,8 @@ class AttentionTile {
       const int64_t block = block_table[token / block_size], offset = token % block_size;
       keys[g] = cache.keys(block, layer, kv_head) + offset * Element::kPack;
       values[g] = cache.values(block, layer, kv_head) + offset * head_dim;
+      // On their way while the keys are multiplied.
+      for (int64_t i = 0; i < 16 * head_dim; i += 64 / int64_t(sizeof(Value))) __builtin_prefetch(values[g] + i);
     }
     for (int row = 0; row < rows; row += kAttentionRows)
       weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
@@ -161,7 +165,7 @@ class AttentionTile {
       add_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, values, num_keys, head_dim);
   }
 
-  // Softmax weights of 64 keys for `count` rows from `row` on.
+  // Softmax weights of 64 keys for `count` rows from `row` on, relative to 2^peak of what was seen so far.
   template <int kRows>
   void weigh_rows(int count, int row, const Value* const (&keys)[kGroups], int64_t block_size, int64_t start,
                   int64_t head_dim, float scale) {
@@ -170,34 +174,35 @@ class AttentionTile {
     }
     f32x16 scores[kRows][kGroups];
     multiply_keys<Element, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Element::kPack, scores);
-    for (int i = 0; i < kRows; ++i) weigh(row + i, scores[i], visible_[row + i] - start, scale);
-  }
-
-  void weigh(int row, const f32x16 (&scores)[kGroups], int64_t num_visible, float scale) {
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    Value* weights = weights_ + row * kKeys;
-    decay_[row] = 1;
-    if (num_visible <= 0) {
-      std::fill_n(weights, kKeys, Value(0));
-      return;
-    }
-    f32x16 masked[kGroups], most = splat(-INFINITY);
-    for (int g = 0; g < kGroups; ++g) {
-      const int32_t num_left = int32_t(std::min<int64_t>(num_visible - 16 * g, 16));
-      masked[g] = lanes < num_left ? scores[g] * scale : splat(-INFINITY);
-      most = maximum(masked[g], most);
-    }
-    const float peak = std::max(peak_[row], horizontal_max(most));
-    f32x16 sum = {};
-    for (int g = 0; g < kGroups; ++g) {
-      const f32x16 weight = exponential(masked[g] - peak);
-      Element::narrow(weights + 16 * g, weight);
-      sum = sum + weight;
+    f32x16 peaks = load<f32x16>(peak_ + row);
+    const f32x16 before = peaks;
+    for (int i = 0; i < kRows; ++i) {
+      if (visible_[row + i] < start + kKeys) hide(scores[i], visible_[row + i] - start);
+      const f32x16 most = maximum(maximum(scores[i][0], scores[i][1]), maximum(scores[i][2], scores[i][3]));
+      peaks[i] = std::max(peaks[i], horizontal_max(most) * scale);
     }
     // -inf - -inf where every score is -inf or NaN: NaN, which the logits then show.
-    decay_[row] = exponential(splat(peak_[row] - peak))[0];
-    total_[row] = total_[row] * decay_[row] + horizontal_sum(sum);
-    peak_[row] = peak;
+    const f32x16 decays = power_of_two(before - peaks);
+    for (int i = 0; i < kRows; ++i) {
+      f32x16 sum = total_[row + i] * decays[i];
+      for (int g = 0; g < kGroups; ++g) {
+        const f32x16 weight = power_of_two(fused_multiply_add(scores[i][g], splat(scale), splat(-peaks[i])));
+        Element::narrow(weights_ + (row + i) * kKeys + 16 * g, weight);
+        sum = sum + weight;
+      }
+      total_[row + i] = sum;
+      peak_[row + i] = peaks[i];
+      decay_[row + i] = decays[i];
+    }
+  }
+
+  // Scores of keys from the num_visible-th on: -inf.
+  static void hide(f32x16 (&scores)[kGroups], int64_t num_visible) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int g = 0; g < kGroups; ++g) {
+      const int32_t num_left = int32_t(std::clamp<int64_t>(num_visible - 16 * g, 0, 16));
+      scores[g] = lanes < num_left ? scores[g] : splat(-INFINITY);
+    }
   }
 
   template <int kRows>
@@ -223,7 +228,10 @@ class AttentionTile {
   alignas(64) Value queries_[kTileRows * kMaxHeadDim];
   alignas(64) Value weights_[kTileRows * kKeys];
   alignas(64) float outputs_[kTileRows * kMaxHeadDim];
-  float peak_[kTileRows], total_[kTileRows], decay_[kTileRows];
+  alignas(64) f32x16 total_[kTileRows];
+  // Read by sixteen.
+  float peak_[kTileRows + 16] = {};
+  float decay_[kTileRows];
   int64_t visible_[kTileRows];
 };
 

@@ -85,7 +85,7 @@ class StepRun {
   // Rows of the (packed) embedding, widened.
   void embed(Team& team, const Operation& op) const {
     const PackedMatrix<Element> table = matrix(op);
-    team.for_each(step_.num_tokens, 8, [&](int64_t row) {
+    team.for_each(step_.num_tokens, [&](int64_t row) {
       float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
       for (int64_t i = 0; i < op.k; ++i) output[i] = Element::widen_one(table.at(step_.token_ids[row], i));
     });
@@ -94,7 +94,7 @@ class StepRun {
   // Root mean square norm (arXiv:1910.07467).
   void normalize(Team& team, const Operation& op) const {
     const float* scale = static_cast<const float*>(op.weight);
-    team.for_each(step_.num_tokens, 4, [&](int64_t row) {
+    team.for_each(step_.num_tokens, [&](int64_t row) {
       const float* input = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
       Value* output = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
       f32x16 squares = {};
@@ -141,7 +141,7 @@ class StepRun {
   }
 
   void rotate(Team& team, const Operation& op) const {
-    team.for_each(step_.num_tokens, 4, [&](int64_t row) {
+    team.for_each(step_.num_tokens, [&](int64_t row) {
       const int64_t angles = step_.positions[row] * (decoder_.head_dim / 2);
       rotate_and_store(cache_, op.layer, decoder_.num_heads,
                        reinterpret_cast<const float*>(op.input + row * op.input_bytes), decoder_.cosines + angles,
@@ -153,7 +153,7 @@ class StepRun {
   void attend(Team& team, const Operation& op) const {
     AttentionTile<Element> scratch;
     const int64_t num_tiles = int64_t(tiles_.size());
-    team.for_each(num_tiles * decoder_.num_kv_heads, 1, [&](int64_t item) {
+    team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
       scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, decoder_.score_scale,
                      tiles_[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
     });

@@ -28,7 +28,8 @@ constexpr int kMaxRows = 3;
 #endif
 
 // Bytes of activations that one pass over the panels may come back to: they stay in the second-level cache.
-constexpr int64_t kRowBlockBytes = 512 * 1024;
+constexpr int64_t kRowBlockBytes = 256 * 1024;
+constexpr int64_t kMinRowsOfThread = 4 * kMaxRows;
 
 template <class Element>
 struct PackedMatrix {
@@ -84,20 +85,23 @@ inline void multiply_rows(int count, const void* rows, int64_t row_bytes, const 
   for (int i = 0; i < kRows; ++i) finish(first + i, sums[i]);
 }
 
+// Of many rows each thread multiplies its own with all panels, which it then finds in its caches; of few, all threads
+// multiply all rows with panels of their own, so that the matrix is read once.
+inline int64_t num_row_blocks(int64_t num_rows, int64_t row_bytes, int num_threads) {
+  const int64_t num_shares = num_rows < kMinRowsOfThread * num_threads ? 1 : num_threads;
+  return num_shares * std::max<int64_t>(1, (num_rows / num_shares * row_bytes + kRowBlockBytes - 1) / kRowBlockBytes);
+}
+
 // The product of `num_rows` rows, `row_bytes` apart, with a matrix. finish(row, panel index, sums[kVectors]) is called
 // once for each row and panel.
 template <class Element, class Finish>
 void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
               const Finish& finish) {
   const int64_t num_panels = matrix.num_panels(), num_steps = matrix.num_steps();
-  const int64_t block_rows = std::max<int64_t>(kMaxRows, kRowBlockBytes / row_bytes / kMaxRows * kMaxRows);
-  const int64_t num_blocks = (num_rows + block_rows - 1) / block_rows;
-  // Few rows: neighbouring panels to one thread, so that it streams.
-  const int64_t chunk =
-      num_rows > kMaxRows ? 1 : std::max<int64_t>(1, num_panels / (4 * team.num_threads()));
-  team.for_each(num_blocks * num_panels, chunk, [&](int64_t item) {
-    const int64_t block_first = item / num_panels * block_rows, index = item % num_panels;
-    const int64_t block_end = std::min(num_rows, block_first + block_rows);
+  const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
+  team.for_each(num_blocks * num_panels, [&](int64_t item) {
+    const int64_t block = item / num_panels, index = item % num_panels;
+    const int64_t block_first = num_rows * block / num_blocks, block_end = num_rows * (block + 1) / num_blocks;
     const int64_t num_tiles = (block_end - block_first + kMaxRows - 1) / kMaxRows;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       // Of even size: a last tile of one row would cost almost as much as a full one.

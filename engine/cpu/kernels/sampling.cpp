@@ -303,7 +303,7 @@ extern "C" {
 int64_t pdmesh_likeliest(const pdmesh::Logits* logits, int64_t* token_ids, int32_t num_threads) {
   std::atomic<int64_t> num_bad{0};
   pdmesh::run_team(num_threads, [&](pdmesh::Team& team) {
-    team.for_each(logits->num_rows, 1, [&](int64_t row) {
+    team.for_each(logits->num_rows, [&](int64_t row) {
       const pdmesh::Greatest best = pdmesh::greatest(logits->row(row), logits->vocab_size);
       if (!std::isfinite(best.value)) num_bad.fetch_add(1);
       token_ids[row] = best.index;
@@ -315,7 +315,7 @@ int64_t pdmesh_likeliest(const pdmesh::Logits* logits, int64_t* token_ids, int32
 void pdmesh_draw(const pdmesh::Logits* logits, const pdmesh::Draws* draws, int64_t* token_ids, int32_t num_threads) {
   pdmesh::run_team(num_threads, [&](pdmesh::Team& team) {
     float* scratch = draws->scratch + 2 * draws->scratch_stride * omp_get_thread_num();
-    team.for_each(draws->num_draws, 1,
+    team.for_each(draws->num_draws,
                   [&](int64_t index) { token_ids[index] = pdmesh::draw(*logits, *draws, index, scratch); });
   });
 }
@@ -324,7 +324,7 @@ void pdmesh_draw(const pdmesh::Logits* logits, const pdmesh::Draws* draws, int64
 void pdmesh_logprobs(const pdmesh::Logits* logits, const int64_t* token_ids, float* chosen, int64_t num_top,
                      int64_t* top_ids, float* top_logprobs, int32_t num_threads) {
   pdmesh::run_team(num_threads, [&](pdmesh::Team& team) {
-    team.for_each(logits->num_rows, 1, [&](int64_t index) {
+    team.for_each(logits->num_rows, [&](int64_t index) {
       const float* row = logits->row(index);
       float* top = top_logprobs + index * num_top;
       const double normalizer =

@@ -70,14 +70,41 @@ inline float horizontal_max(f32x16 v) {
   return v[0];
 }
 
-// e^x within 2 units in the last place, for x <= 88; 0 below -87.3, -inf included. NaN stays NaN.
+// The nearest integers, ties to even; of values below 2^22 in size.
+inline f32x16 nearest(f32x16 x) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23
+  return x + magic - magic;
+#endif
+}
+
+// x * 2^n for integers n of -200 to 127. What would be less than the smallest normal number may be 0.
+inline f32x16 times_power_of_two(f32x16 x, f32x16 n) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  const f32x16 power = as_float(__builtin_convertvector(n + 127.0f, i32x16) << 23);
+  return n < splat(-126.0f) ? splat(0.0f) : x * power;
+#endif
+}
+
+// Of a NaN in b, that NaN.
+inline f32x16 at_least(float a, f32x16 b) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_max_ps((__m512)splat(a), (__m512)b);
+#else
+  return b < splat(a) ? splat(a) : b;
+#endif
+}
+
+// e^x within 2 units in the last place, for x <= 88; 0 for -inf. NaN stays NaN.
 inline f32x16 exponential(f32x16 x) {
-  const f32x16 clamped = x < splat(-88.0f) ? splat(-88.0f) : x;
-  // x = n ln 2 + r, |r| <= ln 2 / 2. Adding and taking away 1.5 * 2^23 rounds to an integer.
-  const f32x16 magic = splat(12582912.0f);
-  const f32x16 shifted = fused_multiply_add(clamped, splat(1.44269504f), magic);
-  const f32x16 n = shifted - magic;
-  f32x16 r = fused_multiply_add(n, splat(-0.693359375f), clamped);
+  x = at_least(-138.0f, x);
+  const f32x16 n = nearest(x * 1.44269504f);
+  // x = n ln 2 + r, |r| <= ln 2 / 2.
+  f32x16 r = fused_multiply_add(n, splat(-0.693359375f), x);
   r = fused_multiply_add(n, splat(2.12194440e-4f), r);
   f32x16 p = splat(1.9875691500e-4f);
   p = fused_multiply_add(p, r, splat(1.3981999507e-3f));
@@ -86,9 +113,21 @@ inline f32x16 exponential(f32x16 x) {
   p = fused_multiply_add(p, r, splat(1.6666665459e-1f));
   p = fused_multiply_add(p, r, splat(5.0000001201e-1f));
   p = fused_multiply_add(p, r * r, r) + 1.0f;
-  const u32x16 power = (as_bits(shifted) + 127u) << 23;
-  const f32x16 result = p * as_float(power);
-  return x < splat(-87.3f) ? splat(0.0f) : result;
+  return times_power_of_two(p, n);
+}
+
+// 2^x within 2 units in the last place, for x <= 127; 0 for -inf. NaN stays NaN.
+inline f32x16 power_of_two(f32x16 x) {
+  x = at_least(-200.0f, x);
+  const f32x16 n = nearest(x), r = x - n;
+  // Of 2^r, |r| <= 1/2: coefficients of least relative error.
+  f32x16 p = splat(1.3264726401e-3f);
+  p = fused_multiply_add(p, r, splat(9.6715126970e-3f));
+  p = fused_multiply_add(p, r, splat(5.5507337459e-2f));
+  p = fused_multiply_add(p, r, splat(2.4022242084e-1f));
+  p = fused_multiply_add(p, r, splat(6.9314697760e-1f));
+  p = fused_multiply_add(p, r, splat(1.0f));
+  return times_power_of_two(p, n);
 }
 
 // The two types that weights, activations and KV come in. Of both, four bytes hold what one multiply-add takes of a

@@ -1,4 +1,4 @@
-// The threads of one call: they meet at barriers and draw work from a shared counter.
+// The threads of one call: they meet at barriers, and each works on its own share before it helps the others.
 #pragma once
 
 #include <omp.h>
@@ -6,30 +6,51 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace pdmesh {
 
-// Work is drawn item by item, not dealt out: where another process takes a core for a moment, the others go on.
+// Shares are the same part of every operation's items: what a thread wrote it finds in its own caches, which matters
+// most where cores share none. Items are drawn one by one all the same: where another process takes a core for a
+// moment, the other threads do that one's share.
 class Team {
  public:
   // Before the first meeting, by one thread: how many came.
-  void assemble(int num_threads) { num_threads_ = num_threads; }
+  void assemble(int num_threads) { shares_ = std::vector<Share>(num_threads); }
 
-  int num_threads() const { return num_threads_; }
+  int num_threads() const { return int(shares_.size()); }
 
-  // Waits for all, and resets the counter that the next `for_each` draws from.
-  void meet() {
-    if (num_threads_ == 1) {
-      next_.store(0, std::memory_order_relaxed);
-      return;
+  // Calls work(item) for each item below num_items, once over all threads, then waits for all.
+  template <class Work>
+  void for_each(int64_t num_items, Work work) {
+    const int num_shares = num_threads(), own = omp_get_thread_num();
+    for (int i = 0; i < num_shares; ++i) {
+      const int share = (own + i) % num_shares;
+      const int64_t begin = num_items * share / num_shares, end = num_items * (share + 1) / num_shares;
+      std::atomic<int64_t>& drawn = shares_[share].drawn;
+      while (drawn.load(std::memory_order_relaxed) < end - begin) {
+        const int64_t item = begin + drawn.fetch_add(1, std::memory_order_relaxed);
+        if (item < end) work(item);
+      }
     }
+    meet();
+  }
+
+ private:
+  // Apart, so that drawing work does not disturb the others.
+  struct alignas(64) Share {
+    std::atomic<int64_t> drawn{0};
+  };
+
+  // Waits for all, and hands out the shares anew.
+  void meet() {
     const int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads() - 1) {
+      for (Share& share : shares_) share.drawn.store(0, std::memory_order_relaxed);
       arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
       return;
     }
@@ -42,28 +63,13 @@ class Team {
     }
   }
 
-  // Calls work(item) for each item below num_items, once over all threads, `chunk` neighbours at a time.
-  template <class Work>
-  void for_each(int64_t num_items, int64_t chunk, Work work) {
-    for (;;) {
-      const int64_t first = next_.fetch_add(chunk, std::memory_order_relaxed);
-      if (first >= num_items) break;
-      const int64_t end = first + chunk < num_items ? first + chunk : num_items;
-      for (int64_t item = first; item < end; ++item) work(item);
-    }
-    meet();
-  }
-
- private:
   static void relax() {
 #if defined(__x86_64__)
     _mm_pause();
 #endif
   }
 
-  int num_threads_ = 1;
-  // Apart, so that drawing work does not disturb those who wait.
-  alignas(64) std::atomic<int64_t> next_{0};
+  std::vector<Share> shares_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> round_{0};
 };
