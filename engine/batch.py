@@ -21,7 +21,8 @@ class Batch:
         query_lens: [B] int64, tokens of each sequence in this step. On the host: they shape the work.
         seq_lens: [B] int64, tokens of each sequence after this step. On the host.
         block_tables: [B, max blocks] int64, padded with 0.
-        logits_rows: [R] int64, rows of the hidden states of which logits are wanted.
+        output_lens: [B] int64, of how many of each sequence's last tokens in this step the hidden states are wanted.
+            On the host. Those R tokens' rows, sequence by sequence, are what a forward pass returns.
     """
 
     input_ids: torch.Tensor
@@ -30,4 +31,13 @@ class Batch:
     query_lens: npt.NDArray[np.int64]
     seq_lens: npt.NDArray[np.int64]
     block_tables: torch.Tensor
-    logits_rows: torch.Tensor
+    output_lens: npt.NDArray[np.int64]
+
+    def output_rows(self) -> npt.NDArray[np.int64] | None:
+        """[R], ascending: which of the T rows are wanted; None where all are."""
+        if np.array_equal(self.output_lens, self.query_lens):
+            return None
+        ends = self.output_lens.cumsum()
+        # Each sequence's rows end where its queries do.
+        rows: npt.NDArray[np.int64] = np.arange(ends[-1]) + np.repeat(self.query_lens.cumsum() - ends, self.output_lens)
+        return rows

@@ -105,5 +105,5 @@ def _batch(num_tokens: int, device: torch.device) -> Batch:
         query_lens=lens,
         seq_lens=lens,
         block_tables=torch.zeros(1, 1, dtype=torch.int64, device=device),
-        logits_rows=rows,
+        output_lens=lens,
     )

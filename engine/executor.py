@@ -17,12 +17,18 @@ class ModelExecutor(Protocol):
     """A model with its KV cache. Not thread-safe; what it returns is valid until its next call."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Writes the K and V of the batch's T tokens and returns their hidden states [T, hidden]."""
+        """Writes the K and V of the batch's T tokens and returns the R wanted hidden states [R, hidden]."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, vocab] float32, of R rows [R, hidden] of what `forward` returned. The caller may overwrite them."""
         ...
+
+
+def wanted_states(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Of the hidden states [T, hidden] of all tokens, those that the batch asks for."""
+    rows = batch.output_rows()
+    return hidden if rows is None else hidden[torch.from_numpy(rows).to(hidden.device)]
 
 
 class TorchExecutor:
@@ -33,7 +39,8 @@ class TorchExecutor:
         self._kv_cache = kv_cache
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self._model.forward(batch, AttentionPlan(batch, self._kv_cache))
+        hidden = self._model.forward(batch, AttentionPlan(batch, self._kv_cache))
+        return wanted_states(hidden, batch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)

@@ -75,7 +75,7 @@ class ModelRunner:
             self._context_lens[chunk.request.seat] += chunk.num_tokens
             if chunk.request.prompt_logprobs is not None:
                 prompt_logprobs[chunk.request] = self._prompt_logprobs(chunk, hidden[first_row:])
-            first_row += chunk.num_tokens
+            first_row += _num_outputs(chunk)
         token_ids, logprobs = self._sample(plan, batch, hidden)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
@@ -88,7 +88,7 @@ class ModelRunner:
         query_lens = np.ones_like(seats)
         seq_lens = positions + 1
         token_seats = seats
-        logits_rows = np.arange(len(seats))
+        output_lens = query_lens
         if plan.prefills:
             chunks = plan.prefills
             seats = np.append(seats, [chunk.request.seat for chunk in chunks])
@@ -99,8 +99,7 @@ class ModelRunner:
             # A token's position: its row, less the sequence's first row, plus the tokens before this step.
             positions = np.arange(ends[-1]) + np.repeat(seq_lens - ends, query_lens)
             token_seats = np.repeat(seats, query_lens)
-            last_rows = ends[len(plan.decodes) :] - 1
-            logits_rows = np.append(logits_rows, last_rows[[chunk.samples for chunk in chunks]])
+            output_lens = np.append(output_lens, [_num_outputs(chunk) for chunk in chunks])
         blocks, offsets = np.divmod(positions, self._block_size)
         return Batch(
             input_ids=self._on_device(input_ids),
@@ -109,7 +108,7 @@ class ModelRunner:
             query_lens=query_lens,
             seq_lens=seq_lens,
             block_tables=self._on_device(self._block_tables[seats, : blocks.max() + 1]),
-            logits_rows=self._on_device(logits_rows),
+            output_lens=output_lens,
         )
 
     def _take_in(self, plan: StepPlan) -> None:
@@ -139,7 +138,9 @@ class ModelRunner:
         if not requests:
             return [], {}
         if len(requests) < len(hidden):
-            hidden = hidden[batch.logits_rows]
+            ends = batch.output_lens.cumsum()
+            samples = np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills])
+            hidden = hidden[torch.from_numpy(ends[samples] - 1)]
         logits = self._executor.logits(hidden)
         token_ids = self._sampler.sample(logits, requests, seats)
         self._next_ids[seats] = token_ids
@@ -160,6 +161,13 @@ class ModelRunner:
 
     def _on_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._batch_device)
+
+
+def _num_outputs(chunk: PrefillChunk) -> int:
+    """Of how many of the chunk's last tokens somebody reads the hidden states."""
+    if chunk.request.prompt_logprobs is not None:
+        return chunk.num_tokens
+    return int(chunk.samples)
 
 
 def _chunk_ids(chunk: PrefillChunk) -> npt.NDArray[np.int64]:

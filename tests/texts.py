@@ -55,8 +55,12 @@ class Texts:
         self.cache.data.fill_(torch.nan)
         self.executor = make_executor(loaded, self.cache)
 
-    def step(self, num_tokens: dict[int, int]) -> None:
-        """Computes the next tokens, as many as said, of each text named, in the order named."""
+    def step(self, num_tokens: dict[int, int], num_wanted: dict[int, int] | None = None) -> None:
+        """Computes the next tokens, as many as said, of each text named, in the order named.
+
+        Args:
+            num_wanted: Of how many of each text's last tokens logits are computed; default: of all.
+        """
         block_size = self.cache.block_size
         input_ids: list[int] = []
         positions: list[torch.Tensor] = []
@@ -79,16 +83,17 @@ class Texts:
             query_lens=np.array(list(num_tokens.values())),
             seq_lens=np.array(seq_lens),
             block_tables=tables[:, : -(-max(seq_lens) // block_size)],
-            logits_rows=torch.arange(len(input_ids)),
+            output_lens=np.array(list((num_wanted or num_tokens).values())),
         )
         hidden = self.executor.forward(batch)
-        logits = self.executor.logits(hidden[batch.logits_rows])
-        for text, part in zip(num_tokens, torch.split(logits, list(num_tokens.values())), strict=True):
-            self.num_computed[text] += len(part)
+        logits = self.executor.logits(hidden)
+        parts = torch.split(logits, batch.output_lens.tolist())
+        for (text, count), part in zip(num_tokens.items(), parts, strict=True):
+            self.num_computed[text] += count
             self.logits[text].append(part.clone())
 
     def logits_of(self, text: int) -> torch.Tensor:
-        """[tokens, vocab]"""
+        """[tokens, vocab], or of the tokens that were wanted."""
         assert self.num_computed[text] == len(self.texts[text])
         return torch.cat(self.logits[text])
 

@@ -77,6 +77,7 @@ class CpuExecutor:
         self._logits = torch.empty(max_tokens, padded(config.vocab_size))
 
     def forward(self, batch: Batch) -> torch.Tensor:
+        num_outputs = int(batch.output_lens.sum())
         step = Step(
             num_tokens=len(batch.input_ids),
             num_sequences=len(batch.query_lens),
@@ -86,11 +87,12 @@ class CpuExecutor:
             slots=batch.slot_mapping.data_ptr(),
             query_lens=batch.query_lens.ctypes.data,
             seq_lens=batch.seq_lens.ctypes.data,
+            output_lens=batch.output_lens.ctypes.data,
             block_tables=batch.block_tables.data_ptr(),
         )
         self._run(step, self._operations, self._model.num_weights)
         hidden = self._model.hidden
-        return hidden.values[: len(batch.input_ids), : hidden.width]
+        return hidden.values[:num_outputs, : hidden.width]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         num_rows, lm_head = len(hidden), self._model.lm_head

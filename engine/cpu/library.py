@@ -18,6 +18,7 @@ class Kind(IntEnum):
     PROJECT = 2
     ROTATE_AND_STORE = 3
     ATTEND = 4
+    SELECT = 5
 
 
 class Finish(IntEnum):
@@ -32,6 +33,7 @@ class Operation(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_int32),
         ("finish", ctypes.c_int32),
+        ("outputs_only", ctypes.c_int32),
         ("layer", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
         ("input", ctypes.c_void_p),
@@ -69,6 +71,7 @@ class Step(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("query_lens", ctypes.c_void_p),
         ("seq_lens", ctypes.c_void_p),
+        ("output_lens", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
     )
 

@@ -1,6 +1,6 @@
 """Llama as a program of the kernels: the arithmetic of engine/models/llama.py, operation by operation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -43,6 +43,11 @@ def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> Lo
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
         program.project(normed, weights.qkv, buffers.projected, Finish.STORE)
         program.rotate_and_store(index, buffers.projected, buffers.queries)
+        if index == len(decoder.layers) - 1:
+            # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
+            wanted = program.rows(residual.width, torch.float32).of_outputs()
+            program.select(residual, wanted)
+            residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
         program.attend(index, buffers.queries, buffers.attended)
         program.project(buffers.attended, weights.output, residual, Finish.ADD)
         norm = layer.post_attention_layernorm
@@ -78,12 +83,16 @@ class _LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class _LayerBuffers:
-    """What one layer hands from operation to operation; all layers use the same."""
+    """What one layer hands from operation to operation; all layers use the same memory."""
 
     projected: Rows
     queries: Rows
     attended: Rows
     activated: Rows
+
+    def of_outputs(self) -> "_LayerBuffers":
+        """With what comes after attention for the wanted tokens alone."""
+        return replace(self, attended=self.attended.of_outputs(), activated=self.activated.of_outputs())
 
     @staticmethod
     def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":

@@ -1,7 +1,7 @@
 """A decoder as a list of the kernels' operations: what they read, where they write, and with which weights."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,10 +14,19 @@ _ROW_PADDING = 32
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A buffer of `width` values for each token of a step; `values` [max_tokens, padded width] begin as zeros."""
+    """A buffer of `width` values for each token of a step; `values` [max_tokens, padded width] begin as zeros.
+
+    Attributes:
+        outputs_only: It holds rows of those tokens alone whose hidden states are wanted, one after the other.
+    """
 
     values: torch.Tensor
     width: int
+    outputs_only: bool = False
+
+    def of_outputs(self) -> "Rows":
+        """The same memory, for rows of the wanted tokens alone."""
+        return replace(self, outputs_only=True)
 
     @property
     def address(self) -> int:
@@ -67,7 +76,14 @@ class Program:
         self._add(Kind.ROTATE_AND_STORE, projected, queries, layer=layer)
 
     def attend(self, layer: int, queries: Rows, output: Rows) -> None:
+        """Queries of all tokens; outputs of all, or of the wanted ones."""
         self._add(Kind.ATTEND, queries, output, layer=layer)
+
+    def select(self, source: Rows, output: Rows) -> None:
+        """output = the wanted tokens' rows of `source`, both float32 and not the same memory."""
+        assert output.outputs_only
+        assert source.values.dtype == output.values.dtype == torch.float32
+        self._add(Kind.SELECT, source, output, k=source.width)
 
     def compile(self) -> "ctypes.Array[Operation]":
         """What `Kernels.run` takes. Valid while this program lives."""
@@ -93,6 +109,7 @@ class Program:
             Operation(
                 kind=kind,
                 finish=finish,
+                outputs_only=output.outputs_only,
                 layer=layer,
                 epsilon=epsilon,
                 input=None if source is None else source.address,

@@ -57,7 +57,7 @@ class DecodeInputs:
             query_lens=ones,
             seq_lens=ones,
             block_tables=tables,
-            logits_rows=every,
+            output_lens=ones,
         )
         step = DeviceStep(
             positions, slot_mapping, tables, tokens=torch.stack((every, every)), tiles=every.new_empty(3, 0)

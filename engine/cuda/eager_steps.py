@@ -10,6 +10,7 @@ from engine.batch import Batch
 from engine.cuda.attention_work import MAX_TOKENS_ALONE, attention_work
 from engine.cuda.paged_attention import DeviceStep, PagedAttention, TritonAttention
 from engine.cuda.upload import Uploader
+from engine.executor import wanted_states
 from engine.models.causal_lm import CausalLM
 
 
@@ -22,7 +23,7 @@ class EagerSteps:
         self._uploader = Uploader(paged.kv_cache.device)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The hidden states [T, hidden] of a host batch."""
+        """The hidden states [R, hidden] that a host batch asks for."""
         work = attention_work(batch.query_lens, batch.seq_lens, self._paged.tile_tokens)
         host = (batch.input_ids, batch.positions, batch.slot_mapping, batch.block_tables)
         input_ids, positions, slot_mapping, block_tables, tokens, tiles = self._uploader.upload(
@@ -32,7 +33,7 @@ class EagerSteps:
             batch, input_ids=input_ids, positions=positions, slot_mapping=slot_mapping, block_tables=block_tables
         )
         step = DeviceStep(positions, slot_mapping, block_tables, tokens, tiles)
-        return self._model.forward(on_device, TritonAttention(self._paged, step))
+        return wanted_states(self._model.forward(on_device, TritonAttention(self._paged, step)), batch)
 
     def warm_up(self) -> float:
         """Compiles what the first prompt would wait for, and says how many seconds that took. Writes to no block."""
@@ -48,7 +49,7 @@ class EagerSteps:
             query_lens=query_lens,
             seq_lens=query_lens,
             block_tables=torch.zeros(2, 1, dtype=torch.int64),
-            logits_rows=torch.arange(num_tokens),
+            output_lens=query_lens,
         )
         # Brought to the host, the logits are done.
         self._model.logits(self.forward(batch)).cpu()

@@ -41,9 +41,10 @@ struct PagedCache {
   }
 };
 
-// One sequence of a step: its query tokens are rows [first_row, first_row + query_len) of the activations.
+// Query tokens of one sequence, its last ones: they are rows from first_row on of the queries, and their results rows
+// from first_output on.
 struct Sequence {
-  int64_t first_row, query_len, seq_len;
+  int64_t first_row, first_output, query_len, seq_len;
   const int64_t* block_table;
 };
 
@@ -119,13 +120,13 @@ class AttentionTile {
     const Sequence& sequence = *tile.sequence;
     const int64_t head_dim = cache.head_dim, context = sequence.seq_len - sequence.query_len;
     const int rows = int(tile.count);
-    auto place = [&](int row, int64_t row_bytes) {
+    auto place = [&](int row, int64_t first_row, int64_t row_bytes) {
       const int64_t index = tile.first + row;
-      return (sequence.first_row + index / group) * row_bytes +
+      return (first_row + index / group) * row_bytes +
              (kv_head * group + index % group) * head_dim * int64_t(sizeof(Value));
     };
     for (int row = 0; row < rows; ++row) {
-      std::memcpy(queries_ + row * head_dim, queries + place(row, query_bytes), head_dim * sizeof(Value));
+      std::memcpy(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim * sizeof(Value));
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
       peak_[row] = -INFINITY;
@@ -139,7 +140,7 @@ class AttentionTile {
       add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
     for (int row = 0; row < rows; ++row) {
       const float share = 1.0f / horizontal_sum(total_[row]);
-      Value* output = reinterpret_cast<Value*>(outputs + place(row, output_bytes));
+      Value* output = reinterpret_cast<Value*>(outputs + place(row, sequence.first_output, output_bytes));
       for (int64_t i = 0; i < head_dim; i += 16)
         Element::narrow(output + i, load<f32x16>(outputs_ + row * head_dim + i) * share);
     }

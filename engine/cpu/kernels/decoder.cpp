@@ -8,14 +8,18 @@
 
 namespace pdmesh {
 
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kRotateAndStore, kAttend };
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kRotateAndStore, kAttend, kSelect };
 
 // What becomes of a product's sums.
 enum class Finish : int32_t { kStore, kAdd, kSiluMultiply };
 
+// Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
+enum class Rows : int32_t { kTokens, kOutputs };
+
 struct Operation {
   Kind kind;
   Finish finish;
+  Rows rows;
   int32_t layer;
   float epsilon;
   const char* input;
@@ -42,6 +46,7 @@ struct Step {
   const int64_t* slots;      // [T]
   const int64_t* query_lens;    // [B]
   const int64_t* seq_lens;      // [B]
+  const int64_t* output_lens;   // [B]: how many of each sequence's last tokens are wanted
   const int64_t* block_tables;  // [B, max_blocks]
 };
 
@@ -56,12 +61,17 @@ class StepRun {
         cache_{static_cast<Value*>(decoder.cache), decoder.num_layers, decoder.num_kv_heads, decoder.block_size,
                decoder.head_dim},
         group_(decoder.num_heads / std::max<int64_t>(1, decoder.num_kv_heads)) {
-    int64_t first_row = 0;
+    int64_t end_row = 0;
     for (int64_t i = 0; i < step.num_sequences; ++i) {
-      sequences_.push_back({first_row, step.query_lens[i], step.seq_lens[i], step.block_tables + i * step.max_blocks});
-      first_row += step.query_lens[i];
+      const int64_t query_len = step.query_lens[i], output_len = step.output_lens[i], seq_len = step.seq_lens[i];
+      const int64_t* block_table = step.block_tables + i * step.max_blocks;
+      end_row += query_len;
+      sequences_.push_back({end_row - query_len, end_row - query_len, query_len, seq_len, block_table});
+      wanted_.push_back({end_row - output_len, int64_t(output_rows_.size()), output_len, seq_len, block_table});
+      for (int64_t row = end_row - output_len; row < end_row; ++row) output_rows_.push_back(row);
     }
     tiles_ = query_tiles(sequences_, group_);
+    wanted_tiles_ = query_tiles(wanted_, group_);
   }
 
   void run(Team& team, const Operation& operation) const {
@@ -76,11 +86,17 @@ class StepRun {
         return rotate(team, operation);
       case Kind::kAttend:
         return attend(team, operation);
+      case Kind::kSelect:
+        return select(team, operation);
     }
   }
 
  private:
   static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
+
+  int64_t num_rows(const Operation& op) const {
+    return op.rows == Rows::kTokens ? step_.num_tokens : int64_t(output_rows_.size());
+  }
 
   // Rows of the (packed) embedding, widened.
   void embed(Team& team, const Operation& op) const {
@@ -94,7 +110,7 @@ class StepRun {
   // Root mean square norm (arXiv:1910.07467).
   void normalize(Team& team, const Operation& op) const {
     const float* scale = static_cast<const float*>(op.weight);
-    team.for_each(step_.num_tokens, [&](int64_t row) {
+    team.for_each(num_rows(op), [&](int64_t row) {
       const float* input = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
       Value* output = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
       f32x16 squares = {};
@@ -113,7 +129,7 @@ class StepRun {
       return sum + load<f32x16>(op.bias + panel * kPanel + 16 * vector);
     };
     auto multiplied = [&](const auto& finish) {
-      multiply<Element>(team, matrix(op), op.input, op.input_bytes, step_.num_tokens, finish);
+      multiply<Element>(team, matrix(op), op.input, op.input_bytes, num_rows(op), finish);
     };
     switch (op.finish) {
       case Finish::kStore:
@@ -152,10 +168,19 @@ class StepRun {
 
   void attend(Team& team, const Operation& op) const {
     AttentionTile<Element> scratch;
-    const int64_t num_tiles = int64_t(tiles_.size());
+    const std::vector<QueryTile>& tiles = op.rows == Rows::kTokens ? tiles_ : wanted_tiles_;
+    const int64_t num_tiles = int64_t(tiles.size());
     team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
       scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, decoder_.score_scale,
-                     tiles_[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
+                     tiles[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
+    });
+  }
+
+  // Of rows of k float32 values, those that are wanted.
+  void select(Team& team, const Operation& op) const {
+    team.for_each(num_rows(op), [&](int64_t row) {
+      std::memcpy(op.output + row * op.output_bytes, op.input + output_rows_[row] * op.input_bytes,
+                  op.k * sizeof(float));
     });
   }
 
@@ -163,8 +188,10 @@ class StepRun {
   const Step& step_;
   const PagedCache<Element> cache_;
   const int64_t group_;
-  std::vector<Sequence> sequences_;
-  std::vector<QueryTile> tiles_;
+  // With all of the step's tokens, and with those that are wanted.
+  std::vector<Sequence> sequences_, wanted_;
+  std::vector<QueryTile> tiles_, wanted_tiles_;
+  std::vector<int64_t> output_rows_;
 };
 
 template <class Element>

@@ -136,5 +136,27 @@ def test_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(tiny_llama: Cal
     check()
 
 
+@pytest.mark.parametrize("dtype", PACK)
+def test_states_that_nobody_wants_are_left_out_and_the_others_are_the_same(
+    tiny_llama: Callable[[str], Path], dtype: str
+) -> None:
+    tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
+    whole, part = (texts_on_kernels(tiny_llama("gqa"), tokens, dtype=dtype) for _ in range(2))
+    counts = dict(enumerate(LENGTHS))
+    wanted = {0: 1, 1: 40, 2: 0, 3: 16, 4: 1}
+    whole.step(counts)
+    part.step(counts, wanted)
+    for text, count in wanted.items():
+        expected = whole.logits_of(text)
+        assert torch.equal(part.logits_of(text), expected[len(expected) - count :])
+    # What is computed later reads the keys and values of all tokens.
+    for layer in range(whole.loaded.config.num_layers):
+        for of_whole, of_part in zip(
+            *(texts.cache.gather(layer, texts.tables) for texts in (whole, part)), strict=True
+        ):
+            for text, length in counts.items():
+                assert torch.equal(of_part[text, :, :length], of_whole[text, :, :length])
+
+
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())

@@ -102,7 +102,7 @@ class Texts:
             query_lens=query_lens,
             seq_lens=seq_lens,
             block_tables=tables.masked_fill(past_end, 0),
-            logits_rows=torch.arange(len(positions)),
+            output_lens=query_lens,
         )
         logits = self.executor.logits(self.executor.forward(batch)).cpu()
         assert len(logits) == len(positions)

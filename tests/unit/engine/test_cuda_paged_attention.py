@@ -91,7 +91,7 @@ class Ragged:
             query_lens=query_lens,
             seq_lens=seq_lens,
             block_tables=tables.to(DEVICE),
-            logits_rows=torch.arange(len(positions)).to(DEVICE),
+            output_lens=query_lens,
         )
         self.q, self.k, self.v = (
             torch.randn(len(positions), heads, shape.head_dim, generator=generator).to(DEVICE, dtype)
