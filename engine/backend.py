@@ -52,7 +52,12 @@ def choose_backend(
         max_blocks: Blocks of it.
     """
     device = kv_cache.device
-    if config.kernels == "auto" and device.type == "cpu" and (path := _cpu_kernels()):
+    if config.compile:
+        # Imports torch's compiler.
+        from engine.compiled import compile_layers
+
+        compile_layers(loaded.model, kv_cache)
+    elif config.kernels == "auto" and device.type == "cpu" and (path := _cpu_kernels()):
         return _cpu_backend(path, config, loaded, kv_cache, max_model_len)
     if config.kernels == "auto" and can_use_kernels(loaded.config, device):
         # Imports Triton.

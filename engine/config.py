@@ -48,6 +48,10 @@ class EngineConfig:
         default="auto",
         choices=("auto", "torch"),
     )
+    compile: bool = option(
+        "compute with torch, the decoder layers compiled by torch.compile; on a CPU that is in place of our kernels",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk"):

@@ -4,6 +4,7 @@ Parts, each selectable with --only:
     peers      prefill and decode of every engine, interleaved, and shares of what the machine can do
     mixed      requests that decode while long prompts arrive
     overhead   what of a decode step is not the model's work, and waiting for the interpreter
+    operations where a step's time goes, by operation of the CPU kernels
     start      from the start of a process to the first token
 On a GPU (--device cuda): peers and mixed, with a random Llama of 8 billion parameters unless a model is named.
 """
@@ -14,18 +15,19 @@ import json
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench.engine import gil, installed, mixed, overhead, start, throughput
+from bench.engine import gil, installed, mixed, operations, overhead, start, throughput
 from bench.engine.checkpoints import prepare
 from bench.engine.limits import LimitProbe
 from bench.engine.points import parse_point
 from bench.engine.random_llama import LLAMA_8B, TINY, write_random_llama
-from bench.engine.tables import figures_table, throughput_table
+from bench.engine.tables import figures_table, operations_table, throughput_table
 from bench.machine import machine
 from engine.config import EngineConfig
 from engine.loader import DTYPES
@@ -36,8 +38,9 @@ _POINTS = {
     "cpu": ("prefill_128", "prefill_512", "prefill_1024", "decode_b1", "decode_b8", "decode_b32"),
     "cuda": ("prefill_2048", "decode_b1", "decode_b32"),
 }
-_PARTS = {"cpu": ("peers", "mixed", "overhead", "start"), "cuda": ("peers", "mixed")}
+_PARTS = {"cpu": ("peers", "mixed", "overhead", "operations", "start"), "cuda": ("peers", "mixed")}
 _PEERS = {"cpu": installed.PEERS, "cuda": ("transformers",)}
+_PROFILED_PROMPTS, _PROFILED_DECODES = (128, 512, 1024), (1, 8, 32)
 # Where files are memory: 16 GB need not be written to a disk.
 _TMPFS = Path("/dev/shm")
 
@@ -93,6 +96,8 @@ class _Bench:
             report["mixed"] = self._mixed()
         if "overhead" in self._parts:
             report["overhead"] = self._overhead()
+        if "operations" in self._parts:
+            report["operations"] = self._operations()
         if "start" in self._parts:
             report["start"] = self._start()
         return report
@@ -157,6 +162,13 @@ class _Bench:
         }
         for name, figures in report.items():
             self._console.print(figures_table(titles[name], figures))
+        return report
+
+    def _operations(self) -> dict[str, dict[str, float]]:
+        with self._console.status("timing the operations of a step"):
+            config = replace(self._config(self._model), max_num_batched_tokens=max(_PROFILED_PROMPTS))
+            report = operations.measure(config, prompts=_PROFILED_PROMPTS, decodes=_PROFILED_DECODES)
+        self._console.print(operations_table(report))
         return report
 
     def _start(self) -> dict[str, float]:

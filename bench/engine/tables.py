@@ -40,3 +40,14 @@ def figures_table(title: str, figures: Mapping[str, float]) -> Table:
     for name, value in figures.items():
         table.add_row(name, f"{value:,.3f}" if value < 10 else f"{value:,.0f}")
     return table
+
+
+def operations_table(report: Mapping[str, Mapping[str, float]]) -> Table:
+    """Of what `operations.measure` returns: a column for each step, milliseconds."""
+    table = Table(title="milliseconds of a step, by operation", title_justify="left")
+    table.add_column("operation")
+    for step in report:
+        table.add_column(step, justify="right")
+    for name in next(iter(report.values())):
+        table.add_row(name.removesuffix("_ms"), *(f"{figures[name]:.2f}" for figures in report.values()))
+    return table

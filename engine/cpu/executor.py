@@ -77,22 +77,9 @@ class CpuExecutor:
         self._logits = torch.empty(max_tokens, padded(config.vocab_size))
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        num_outputs = int(batch.output_lens.sum())
-        step = Step(
-            num_tokens=len(batch.input_ids),
-            num_sequences=len(batch.query_lens),
-            max_blocks=batch.block_tables.stride(0),
-            token_ids=batch.input_ids.data_ptr(),
-            positions=batch.positions.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
-            query_lens=batch.query_lens.ctypes.data,
-            seq_lens=batch.seq_lens.ctypes.data,
-            output_lens=batch.output_lens.ctypes.data,
-            block_tables=batch.block_tables.data_ptr(),
-        )
-        self._run(step, self._operations, self._model.num_weights)
+        self._run(self._step(batch), self._operations, self._model.num_weights)
         hidden = self._model.hidden
-        return hidden.values[:num_outputs, : hidden.width]
+        return hidden.values[: int(batch.output_lens.sum()), : hidden.width]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         num_rows, lm_head = len(hidden), self._model.lm_head
@@ -111,6 +98,21 @@ class CpuExecutor:
         assert num_rows <= len(self._logits)
         self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
         return self._logits[:num_rows, : lm_head.n]
+
+    def _step(self, batch: Batch) -> Step:
+        """Addresses of the batch's arrays, which must live as long."""
+        return Step(
+            num_tokens=len(batch.input_ids),
+            num_sequences=len(batch.query_lens),
+            max_blocks=batch.block_tables.stride(0),
+            token_ids=batch.input_ids.data_ptr(),
+            positions=batch.positions.data_ptr(),
+            slots=batch.slot_mapping.data_ptr(),
+            query_lens=batch.query_lens.ctypes.data,
+            seq_lens=batch.seq_lens.ctypes.data,
+            output_lens=batch.output_lens.ctypes.data,
+            block_tables=batch.block_tables.data_ptr(),
+        )
 
     def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
         num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
