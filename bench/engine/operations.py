@@ -20,7 +20,6 @@ _REPEATS = 9
 _NAMES = {
     Kind.EMBED: "embedding",
     Kind.NORMALIZE: "norms",
-    Kind.ROTATE_AND_STORE: "rotation, K and V stored",
     Kind.ATTEND: "attention",
     Kind.SELECT: "rows selected",
 }
@@ -65,7 +64,9 @@ def _name(operation: Operation) -> str:
     """Products by their shape and what becomes of them."""
     if operation.kind != Kind.PROJECT:
         return _NAMES[operation.kind]
-    finish = {Finish.STORE: "", Finish.ADD: ", added", Finish.SILU_MULTIPLY: ", SiLU"}[operation.finish]
+    finish = {Finish.STORE: "", Finish.ADD: ", added", Finish.SILU_MULTIPLY: ", SiLU", Finish.ROTATE: ", turned"}[
+        operation.finish
+    ]
     return f"product {operation.k} to {operation.n}{finish}"
 
 

@@ -61,7 +61,8 @@ class CpuExecutor:
         self._operations = self._program.compile()
         # Its memory is used by address.
         self._kv_cache = kv_cache
-        self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position)
+        # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
+        self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position + _LANES)
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
             num_layers=config.num_layers,

@@ -16,17 +16,18 @@ class Kind(IntEnum):
     EMBED = 0
     NORMALIZE = 1
     PROJECT = 2
-    ROTATE_AND_STORE = 3
-    ATTEND = 4
-    SELECT = 5
+    ATTEND = 3
+    SELECT = 4
 
 
 class Finish(IntEnum):
-    """What becomes of a product's sums: stored, added to the output, or a gate's SiLU times the other factor."""
+    """What becomes of a product's sums: stored, added to the output, a gate's SiLU times the other factor, or q turned
+    to the output and turned k and v to the KV cache."""
 
     STORE = 0
     ADD = 1
     SILU_MULTIPLY = 2
+    ROTATE = 3
 
 
 class Operation(ctypes.Structure):

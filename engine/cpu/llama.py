@@ -41,8 +41,7 @@ def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> Lo
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
-        program.project(normed, weights.qkv, buffers.projected, Finish.STORE)
-        program.rotate_and_store(index, buffers.projected, buffers.queries)
+        program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
         if index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
             wanted = program.rows(residual.width, torch.float32).of_outputs()
@@ -74,7 +73,7 @@ class _LayerWeights:
     def taken(layer: LlamaDecoderLayer, packer: Packer) -> "_LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
         return _LayerWeights(
-            qkv=_packed(packer, attention.q_proj, attention.k_proj, attention.v_proj),
+            qkv=packer.rotary(*_taken(attention.q_proj, attention.k_proj, attention.v_proj), attention.head_dim),
             output=_packed(packer, attention.o_proj),
             gate_up=packer.interleaved(*_taken(mlp.gate_proj, mlp.up_proj)),
             down=_packed(packer, mlp.down_proj),
@@ -85,7 +84,6 @@ class _LayerWeights:
 class _LayerBuffers:
     """What one layer hands from operation to operation; all layers use the same memory."""
 
-    projected: Rows
     queries: Rows
     attended: Rows
     activated: Rows
@@ -97,7 +95,6 @@ class _LayerBuffers:
     @staticmethod
     def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":
         return _LayerBuffers(
-            projected=program.rows(weights.qkv.n, torch.float32),
             queries=program.rows(weights.output.k),
             attended=program.rows(weights.output.k),
             activated=program.rows(weights.down.k),

@@ -10,6 +10,7 @@ from engine.cpu.library import Kernels
 
 # kernels/matrix.h: kPanel.
 PANEL = 32
+_HALF = PANEL // 2
 # Values of a row that one multiply-add takes.
 PACK = {torch.float32: 1, torch.bfloat16: 2}
 _CHUNK_BYTES = 64 << 20
@@ -49,14 +50,42 @@ class Packer:
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
-        half = PANEL // 2
         (size, k) = weights[0].shape
-        n = 2 * padded(size, half)
-        values, bias = self._zeros(n, k), torch.zeros(n // PANEL, 2, half)
+        n = 2 * padded(size, _HALF)
+        values, bias = self._zeros(n, k), torch.zeros(n)
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
-            self._kernels.pack(values, weight, place * half, half, PANEL)
-            bias[:, place] = _bias(_filled(weight, own_bias), half).view(-1, half)
-        return PackedMatrix(n, k, values, bias.flatten())
+            self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
+        return PackedMatrix(n, k, values, bias)
+
+    def rotary(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int
+    ) -> PackedMatrix:
+        """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
+        turns together; kernels/attention.h, Projection."""
+        (q, k, v), half = weights, head_dim // 2
+        head_columns = 2 * padded(half, _HALF)
+        num_turned = (len(q) + len(k)) // head_dim * head_columns
+        n = num_turned + len(v)
+        values, bias = self._zeros(n, q.shape[1]), torch.zeros(padded(n))
+        base = 0
+        for weight, own_bias in _pairs(weights, biases)[:2]:
+            filled = _filled(weight, own_bias)
+            for first in range(0, len(weight), head_dim):
+                for place in (0, 1):
+                    rows = slice(first + place * half, first + (place + 1) * half)
+                    self._interleave(values, bias, weight[rows], filled[rows], base + place * _HALF)
+                base += head_columns
+        self._kernels.pack(values, v, num_turned, len(v), 0)
+        bias[num_turned:n] = _filled(v, biases[2])
+        return PackedMatrix(n, q.shape[1], values, bias)
+
+    def _interleave(
+        self, values: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, filled: torch.Tensor, base: int
+    ) -> None:
+        """Puts 16 of a matrix' outputs from column `base` on, the next 16 a panel further, and so on."""
+        self._kernels.pack(values, weight, base, _HALF, PANEL)
+        outputs = torch.arange(len(weight))
+        bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
 
     def _zeros(self, n: int, k: int) -> torch.Tensor:
         dtype = self._kernels.dtype
@@ -93,5 +122,5 @@ def _filled(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(len(weight)) if bias is None else bias.float()
 
 
-def _bias(values: torch.Tensor, multiple: int = PANEL) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, padded(len(values), multiple) - len(values)))
+def _bias(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))

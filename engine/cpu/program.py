@@ -64,16 +64,20 @@ class Program:
         wide[: source.width] = scale
         self._add(Kind.NORMALIZE, source, output, weight=wide, epsilon=epsilon, n=source.width)
 
-    def project(self, source: Rows, matrix: PackedMatrix, output: Rows, finish: Finish) -> None:
+    def project(self, source: Rows, matrix: PackedMatrix, output: Rows, finish: Finish, layer: int = 0) -> None:
         """output = source times the matrix, or what `finish` makes of it."""
         assert source.width == matrix.k
         self._add(
-            Kind.PROJECT, source, output, weight=matrix.values, bias=matrix.bias, finish=finish, n=matrix.n, k=matrix.k
+            Kind.PROJECT,
+            source,
+            output,
+            weight=matrix.values,
+            bias=matrix.bias,
+            finish=finish,
+            layer=layer,
+            n=matrix.n,
+            k=matrix.k,
         )
-
-    def rotate_and_store(self, layer: int, projected: Rows, queries: Rows) -> None:
-        """Takes q, k and v side by side: turned q to `queries`, turned k and v to the KV cache."""
-        self._add(Kind.ROTATE_AND_STORE, projected, queries, layer=layer)
 
     def attend(self, layer: int, queries: Rows, output: Rows) -> None:
         """Queries of all tokens; outputs of all, or of the wanted ones."""

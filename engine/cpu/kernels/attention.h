@@ -236,38 +236,69 @@ class AttentionTile {
   int64_t visible_[kTileRows];
 };
 
-// Turns the rows of q and k by their positions, and stores k and v at their slots.
-//
-// `projected` is [T, (num_heads + 2 * num_kv_heads) * head_dim] float32: q, k and v side by side. `cosines` and `sines`
-// are [positions, head_dim / 2]; pairs are half a head apart (GPT-NeoX's order, that of Hugging Face's Llama).
+// Where the sums of the product that makes q, k and v go. A panel of q or k holds 16 dimensions of one head's first half
+// beside the 16 that they turn with, half a head further (GPT-NeoX's order, that of Hugging Face's Llama); the last
+// panel of a head may be filled up with zeros. Behind them, panels of v hold its dimensions as they come.
 template <class Element>
-void rotate_and_store(const PagedCache<Element>& cache, int64_t layer, int64_t num_heads, const float* projected,
-                      const float* cosines, const float* sines, int64_t slot, typename Element::Value* queries) {
-  constexpr int kPack = Element::kPack;
-  const int64_t head_dim = cache.head_dim, half = head_dim / 2, block_size = cache.block_size;
-  const int64_t block = slot / block_size, offset = slot % block_size;
-  float turned[kMaxHeadDim];
-  auto turn = [&](const float* head) {
-    for (int64_t i = 0; i < half; ++i) {
-      turned[i] = head[i] * cosines[i] - head[i + half] * sines[i];
-      turned[i + half] = head[i + half] * cosines[i] + head[i] * sines[i];
+struct Projection {
+  using Value = typename Element::Value;
+  static constexpr int kPack = Element::kPack;
+
+  PagedCache<Element> cache;
+  int64_t layer, num_heads;
+  const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
+  const float* sines;
+
+  // One row's two vectors of a panel. `queries` [num_heads * head_dim] is the row's.
+  void store_sums(int64_t panel, int64_t position, int64_t slot, f32x16 left, f32x16 right, Value* queries) const {
+    const int64_t half = cache.head_dim / 2, panels_of_head = (half + 15) / 16;
+    const int64_t head = panel / panels_of_head, first = panel % panels_of_head * 16;
+    if (head >= num_heads + cache.num_kv_heads) {
+      const int64_t column = (panel - (num_heads + cache.num_kv_heads) * panels_of_head) * kPanel;
+      store_value(column, slot, left);
+      store_value(column + 16, slot, right);
+      return;
     }
-  };
-  for (int64_t head = 0; head < num_heads; ++head) {
-    turn(projected + head * head_dim);
-    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(queries + head * head_dim + i, load<f32x16>(turned + i));
+    const f32x16 cosine = load<f32x16>(cosines + position * half + first);
+    const f32x16 sine = load<f32x16>(sines + position * half + first);
+    const f32x16 turned_left = left * cosine - right * sine, turned_right = right * cosine + left * sine;
+    const int64_t count = std::min<int64_t>(16, half - first);
+    if (head < num_heads) {
+      store_query(queries + head * cache.head_dim + first, turned_left, count);
+      store_query(queries + head * cache.head_dim + half + first, turned_right, count);
+    } else {
+      store_key(head - num_heads, first, slot, turned_left, count);
+      store_key(head - num_heads, half + first, slot, turned_right, count);
+    }
   }
-  typename Element::Value narrowed[kMaxHeadDim];
-  for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
-    turn(projected + (num_heads + head) * head_dim);
-    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(narrowed + i, load<f32x16>(turned + i));
-    typename Element::Value* keys = cache.keys(block, layer, head) + offset * kPack;
-    for (int64_t i = 0; i < head_dim; ++i) keys[i / kPack * block_size * kPack + i % kPack] = narrowed[i];
-    const float* value = projected + (num_heads + cache.num_kv_heads + head) * head_dim;
-    for (int64_t i = 0; i < head_dim; i += 16) Element::narrow(narrowed + i, load<f32x16>(value + i));
-    typename Element::Value* values = cache.values(block, layer, head) + offset / kPack * head_dim * kPack + offset % kPack;
-    for (int64_t i = 0; i < head_dim; ++i) values[i * kPack] = narrowed[i];
+
+ private:
+  void store_query(Value* to, f32x16 values, int64_t count) const {
+    if (count == 16) return Element::narrow(to, values);
+    Value narrowed[16];
+    Element::narrow(narrowed, values);
+    std::copy_n(narrowed, count, to);
   }
-}
+
+  // `count` dimensions from `first` on of a key.
+  void store_key(int64_t head, int64_t first, int64_t slot, f32x16 values, int64_t count) const {
+    Value narrowed[16];
+    Element::narrow(narrowed, values);
+    Value* to = cache.keys(slot / cache.block_size, layer, head) +
+                (first / kPack * cache.block_size + slot % cache.block_size) * kPack;
+    for (int64_t i = 0; i < count; i += kPack, to += cache.block_size * kPack) std::copy_n(narrowed + i, kPack, to);
+  }
+
+  // 16 dimensions of a value; `column` counts those of all heads.
+  void store_value(int64_t column, int64_t slot, f32x16 values) const {
+    const int64_t head = column / cache.head_dim, offset = slot % cache.block_size;
+    if (head >= cache.num_kv_heads) return;
+    Value narrowed[16];
+    Element::narrow(narrowed, values);
+    Value* to = cache.values(slot / cache.block_size, layer, head) +
+                (offset / kPack * cache.head_dim + column % cache.head_dim) * kPack + offset % kPack;
+    for (int64_t i = 0; i < 16; ++i) to[i * kPack] = narrowed[i];
+  }
+};
 
 }  // namespace pdmesh

@@ -8,10 +8,10 @@
 
 namespace pdmesh {
 
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kRotateAndStore, kAttend, kSelect };
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect };
 
-// What becomes of a product's sums.
-enum class Finish : int32_t { kStore, kAdd, kSiluMultiply };
+// What becomes of a product's sums; kRotate makes queries, and stores keys and values.
+enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
 
 // Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
 enum class Rows : int32_t { kTokens, kOutputs };
@@ -34,7 +34,7 @@ struct Operation {
 struct Decoder {
   void* cache;
   int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
-  const float* cosines;  // [positions, head_dim / 2]
+  const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
   float score_scale;
 };
@@ -82,8 +82,6 @@ class StepRun {
         return normalize(team, operation);
       case Kind::kProject:
         return project(team, operation);
-      case Kind::kRotateAndStore:
-        return rotate(team, operation);
       case Kind::kAttend:
         return attend(team, operation);
       case Kind::kSelect:
@@ -153,17 +151,15 @@ class StepRun {
           Element::narrow(reinterpret_cast<Value*>(op.output + row * op.output_bytes) + panel * 16,
                           silu * biased(panel, 1, sums[1]));
         });
+      case Finish::kRotate: {
+        const Projection<Element> projection{cache_, op.layer, decoder_.num_heads, decoder_.cosines, decoder_.sines};
+        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
+          projection.store_sums(panel, step_.positions[row], step_.slots[row], biased(panel, 0, sums[0]),
+                                biased(panel, 1, sums[1]),
+                                reinterpret_cast<Value*>(op.output + row * op.output_bytes));
+        });
+      }
     }
-  }
-
-  void rotate(Team& team, const Operation& op) const {
-    team.for_each(step_.num_tokens, [&](int64_t row) {
-      const int64_t angles = step_.positions[row] * (decoder_.head_dim / 2);
-      rotate_and_store(cache_, op.layer, decoder_.num_heads,
-                       reinterpret_cast<const float*>(op.input + row * op.input_bytes), decoder_.cosines + angles,
-                       decoder_.sines + angles, step_.slots[row],
-                       reinterpret_cast<Value*>(op.output + row * op.output_bytes));
-    });
   }
 
   void attend(Team& team, const Operation& op) const {
