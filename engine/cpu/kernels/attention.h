@@ -157,8 +157,6 @@ class AttentionTile {
       const int64_t block = block_table[token / block_size], offset = token % block_size;
       keys[g] = cache.keys(block, layer, kv_head) + offset * Element::kPack;
       values[g] = cache.values(block, layer, kv_head) + offset * head_dim;
-      // On their way while the keys are multiplied.
-      for (int64_t i = 0; i < 16 * head_dim; i += 64 / int64_t(sizeof(Value))) __builtin_prefetch(values[g] + i);
     }
     for (int row = 0; row < rows; row += kAttentionRows)
       weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
