@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.host_memory import large_pages
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
 
@@ -74,15 +75,14 @@ class KVCache:
         self._block_bytes = bytes_per_block(config, block_size, dtype)
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         try:
-            self.data = torch.empty(shape, dtype=dtype, device=device)
             # [num_blocks, block_bytes]: the cache itself, or where a device's blocks are staged. That takes memory
             # only for blocks that travel.
-            self._host = (
-                self._device_bytes
-                if device.type == "cpu"
-                else torch.empty(num_blocks, self._block_bytes, dtype=torch.uint8)
+            host = torch.frombuffer(large_pages(num_blocks * self._block_bytes), dtype=torch.uint8)
+            self._host = host.view(num_blocks, self._block_bytes)
+            self.data = (
+                host.view(dtype).view(shape) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             size = num_blocks * self._block_bytes / 2**30
             raise ConfigError(
                 f"no memory for a KV cache of {size:.1f} GiB on {device}: configure fewer blocks"

@@ -1,12 +1,12 @@
 """Weights in the order in which the kernels read them."""
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.cpu.library import Kernels
+from engine.host_memory import large_pages
 
 # kernels/matrix.h: kPanel.
 PANEL = 32
@@ -94,20 +94,14 @@ class Packer:
 
 
 class _LargePages:
-    """Zeroed memory of 2 MiB pages where the system has them: fewer addresses to look up when all weights are read.
-
-    It is taken in large chunks, of which what is never written costs nothing.
-    """
+    """Zeroed memory, taken in large chunks."""
 
     def __init__(self) -> None:
         self._left = memoryview(b"")
 
     def take(self, num_bytes: int) -> memoryview:
         if num_bytes > len(self._left):
-            chunk = mmap.mmap(-1, max(_CHUNK_BYTES, num_bytes))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                chunk.madvise(mmap.MADV_HUGEPAGE)
-            self._left = memoryview(chunk)
+            self._left = large_pages(max(_CHUNK_BYTES, num_bytes))
         taken, self._left = self._left[:num_bytes], self._left[padded(num_bytes, _CACHE_LINE) :]
         return taken
 
