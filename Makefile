@@ -1,6 +1,7 @@
 # Few verbs, each working on a fresh machine: it makes .venv and installs what it needs.
 #   make up MODEL=path/or/hub-id ARGS='--prefill 2 --decode 2'
 #   make bench ARGS='--json figures.json'
+#   make bench-engine ARGS='--only overhead'
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard proto/pdmesh/v1/*.proto)
@@ -11,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench
+.PHONY: help demo up test test-all check gen bench bench-engine
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -43,6 +44,9 @@ gen: .venv/.installed  ## regenerate pdmesh/v1 from proto/
 
 bench: .venv/.installed  ## measure the mesh beside the engine alone
 	@$(BIN)/python -m bench.mesh $(ARGS)
+
+bench-engine: .venv/.installed  ## measure the engine beside its peers and the machine's limits
+	@$(BIN)/python -m bench.engine $(ARGS)
 
 # A new pyproject.toml means a new install; pip does nothing where all is there. This torch goes first and exactly so:
 # pip then keeps the build that is installed, for CPU or CUDA, where a range could replace it.

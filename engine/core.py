@@ -36,19 +36,34 @@ class EngineCore:
         plan = self.scheduler.schedule()
         return [*plan.outputs, *self.execute(plan)]
 
-    def execute(self, plan: StepPlan) -> StepOutputs:
-        """Runs what the scheduler just planned. A failure ends the requests of this step, and only those."""
+    def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = lambda: None) -> StepOutputs:
+        """Runs what the scheduler just planned. A failure ends the requests of this step, and only those.
+
+        Args:
+            meanwhile: Called once, also for an empty plan, when the next thing to come is the model's work: other
+                threads that it sets going have the interpreter to themselves.
+        """
         if plan.empty:
+            meanwhile()
             return StepOutputs()
         self._num_steps += 1
+        start = self._clock()
         try:
-            start = self._clock()
-            result = self._runner.run(plan)
+            batch = self._runner.build_batch(plan)
+        except Exception as error:
+            meanwhile()
+            return self._failed(plan, error)
+        meanwhile()
+        try:
+            result = self._runner.run(plan, batch)
             self.scheduler.record_duration(plan.num_tokens, self._clock() - start)
             return self.scheduler.update(plan, result)
         except Exception as error:
-            log.exception("a step of %d requests failed", len(plan.requests))
-            return self.scheduler.fail(plan, as_mesh_error(error))
+            return self._failed(plan, error)
+
+    def _failed(self, plan: StepPlan, error: Exception) -> StepOutputs:
+        log.error("a step of %d requests failed", len(plan.requests), exc_info=error)
+        return self.scheduler.fail(plan, as_mesh_error(error))
 
     def status(self) -> EngineStatus:
         return self.scheduler.status(self._num_steps)

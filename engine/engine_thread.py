@@ -5,12 +5,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 from engine.api import BlockEvents, EngineStatus
 from engine.core import EngineCore
 from engine.leases import Reservation
-from engine.outputs import StepOutput
+from engine.outputs import StepOutput, StepOutputs
 from engine.scheduler import Scheduler
+from engine.step import StepPlan
 from pdmesh.types import Load
 
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ Command = Callable[[Scheduler], None]
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the thread has to tell, at once: before a step what is due then, after it what the step made.
+    """What the thread has to tell, at once: what the last step made, and what is due before the next one.
 
     Iterate `outputs` once, on the receiving thread: the values are made there.
     """
@@ -114,6 +117,7 @@ class EngineThread:
     def _serve(self, core: EngineCore) -> None:
         self._publish(core)
         self._on_start()
+        made = StepOutputs()
         idle = True
         while (commands := self._take_commands(wait=idle)) is not None:
             for command in commands:
@@ -121,15 +125,15 @@ class EngineThread:
             plan = core.scheduler.schedule()
             # First what can be seen at any time, so that whoever hears of something sees what it changed.
             self._publish(core)
-            if plan.outputs or plan.granted:
-                self._deliver(Delivery(plan.outputs, plan.granted, BlockEvents()))
-            outputs = core.execute(plan)
-            self._publish(core)
-            events = core.scheduler.drain_block_events()
-            if len(outputs) or events.stored or events.removed:
-                self._deliver(Delivery(outputs, [], events))
+            # Told when the model begins its next step, what the last one made does not cost that step's preparation.
+            tell = partial(self._tell, made, plan, core.scheduler.drain_block_events())
+            made = core.execute(plan, meanwhile=tell)
             # An empty plan means that nothing can run before the next command.
             idle = plan.empty
+
+    def _tell(self, made: StepOutputs, plan: StepPlan, events: BlockEvents) -> None:
+        if made or plan.outputs or plan.granted or events.stored or events.removed:
+            self._deliver(Delivery(chain(made, plan.outputs), plan.granted, events))
 
     def _take_commands(self, *, wait: bool) -> list[Command] | None:
         """What was posted since the last call; None when it is time to stop."""

@@ -3,7 +3,7 @@
     event loop                                    engine thread
     generate, reserve, aclose … ──▶ inbox ──▶     commands, between steps
                                                   schedule ──▶ what is due before the step ─┐
-    streams, futures, listeners ◀── call_soon ◀── run, update ──▶ what the step made ───────┘
+    streams, futures, listeners ◀── doorbell ◀─── run, update ──▶ what the step made ───────┘
 
 The thread alone touches scheduler, model and the KV of blocks that no lease or stream owns; the loop alone touches
 streams and futures.
@@ -12,6 +12,7 @@ streams and futures.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from engine.api import (
 from engine.assembly import Assembly, ModelLoader, assemble
 from engine.config import EngineConfig
 from engine.core import EngineCore, as_mesh_error
+from engine.doorbell import Doorbell
 from engine.engine_thread import Delivery, EngineThread
 from engine.leases import Reservation
 from engine.loader import load_model
@@ -51,6 +53,8 @@ class LocalEngine:
         self._config = config
         self._load_model = load
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Rung by the thread.
+        self._bell: Doorbell | None = None
         self._started: asyncio.Future[None] | None = None
         self._thread = EngineThread(self._build, self._on_thread_start, self._on_delivery, self._on_thread_end)
         self._assembly: Assembly | None = None
@@ -96,6 +100,7 @@ class LocalEngine:
     async def start(self, on_progress: Callable[[int, int], None]) -> None:
         assert self._loop is None, "the engine was started before"
         self._loop = asyncio.get_running_loop()
+        self._bell = Doorbell(self._loop)
         self._on_progress = on_progress
         with self._future() as started:
             self._started = started
@@ -106,6 +111,9 @@ class LocalEngine:
         self._thread.stop()
         if self._loop is not None:
             await asyncio.to_thread(self._thread.join)
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
         self._end(_closed_error())
 
     async def wait_ended(self) -> MeshError:
@@ -239,10 +247,8 @@ class LocalEngine:
             self._tell(self._end, as_mesh_error(error))
 
     def _tell(self, callback: Callable[..., object], *args: object) -> None:
-        assert self._loop is not None
-        # A loop that was closed without closing the engine has nobody left to tell.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *args)
+        assert self._bell is not None
+        self._bell.call(partial(callback, *args))
 
     def _deliver(self, delivery: Delivery) -> None:
         for output in delivery.outputs:

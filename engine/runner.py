@@ -28,7 +28,8 @@ _PROMPT_LOGITS_ROWS = 64
 class ModelRunner:
     """Batches, and what became of them, for one executor. Not thread-safe.
 
-    Every plan must be run, once and in order; after a failure, the requests of its plan are not run again.
+    Of every plan the batch must be built and run, once and in order; after a failure, the requests of its plan are not
+    run again.
 
     Args:
         device: Where the executor's logits lie.
@@ -64,9 +65,8 @@ class ModelRunner:
         self._decode_seats = np.zeros(0, np.int64)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        """Computes the plan's tokens, writing their KV, and samples where it says so. The plan is not empty."""
-        batch = self.build_batch(plan)
+    def run(self, plan: StepPlan, batch: Batch) -> StepResult:
+        """Computes the plan's tokens, writing their KV, and samples where it says so. `batch` was built of it."""
         hidden = self._executor.forward(batch)
         self._context_lens[self._decode_seats] += 1
         first_row = len(plan.decodes)
@@ -80,7 +80,8 @@ class ModelRunner:
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def build_batch(self, plan: StepPlan) -> Batch:
-        """The tensors of a plan. What is per token, per block or per decode is numpy's work, not Python's."""
+        """The tensors of a plan that is not empty. What is per token, per block or per decode is numpy's work, not
+        Python's."""
         self._take_in(plan)
         seats = self._decode_seats
         input_ids = self._next_ids[seats]

@@ -40,7 +40,8 @@ class EngineStream(Generic[T]):
     async def __anext__(self) -> T:
         while not self._events:
             if self._error is not None:
-                raise self._error
+                # It may be raised in many streams: each traceback begins here.
+                raise self._error.with_traceback(None)
             if self._ended:
                 raise StopAsyncIteration
             self._changed.clear()

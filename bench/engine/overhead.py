@@ -62,7 +62,7 @@ def _step(core: EngineCore, timed: TimedExecutor) -> StepTimes:
     began = time.perf_counter()
     plan = scheduler.schedule()
     scheduled = time.perf_counter()
-    result = runner.run(plan)
+    result = runner.run(plan, runner.build_batch(plan))
     ran = time.perf_counter()
     scheduler.record_duration(plan.num_tokens, ran - scheduled)
     scheduler.update(plan, result)

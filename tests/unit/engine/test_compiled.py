@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from engine.api import EngineRequest
 from engine.compiled import compile_layers
+from engine.config import EngineConfig
 from engine.executor import TorchExecutor
 from engine.kv_cache import KVCache
 from engine.loader import LoadedModel
+from engine.local_engine import LocalEngine
+from pdmesh.sampling import SamplingParams
 from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
 
 pytestmark = [
@@ -82,3 +86,19 @@ def test_half_precision_stays_near_single(tiny_llama: Callable[[str], Path]) -> 
         texts.step({0: 1})
     actual, expected = texts.logits_of(0), reference_logits(directory, text)
     assert (actual - expected).norm() / expected.norm() < 0.1
+
+
+async def test_an_engine_told_to_compile_does(tiny_llama: Callable[[str], Path]) -> None:
+    texts = []
+    for compile in (False, True):
+        engine = LocalEngine(
+            EngineConfig(str(tiny_llama("gqa")), device="cpu", dtype="float32", kernels="torch", compile=compile)
+        )
+        await engine.start(lambda done, total: None)
+        try:
+            request = EngineRequest("r", tuple(random_text(40)), SamplingParams(temperature=0.0, max_tokens=12))
+            texts.append([token async for output in engine.generate(request) for token in output.token_ids])
+        finally:
+            await engine.close()
+        assert (counters["stats"]["unique_graphs"] > 0) == compile
+    assert texts[0] == texts[1]
