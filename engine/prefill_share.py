@@ -6,7 +6,7 @@ steps themselves, as fixed_s + token_s * tokens, which holds well from a few row
 
 - prompts get what makes a step at most `max_slowdown` times as long as its decodes alone would make it,
 - or more, where otherwise all that is queued would not be computed within `max_wait_s`: then whoever waits loses more
-  than those who decode, and the batch would shrink for lack of newcomers. But these keep a quarter of the time, for
+  than those who decode, and the batch would shrink for lack of newcomers. But these keep a third of the time, for
   where more comes than can be computed, no share would shorten the queue.
 
 Knows counts and durations that it is told, no clock.
@@ -19,7 +19,7 @@ _DECAY = 0.98
 # A longer step than this many times the expected counts as that: the machine was busy with something else.
 _MAX_SURPRISE = 3.0
 # What the longest queue may come to make of a step.
-_MAX_QUEUE_SLOWDOWN = 4.0
+_MAX_QUEUE_SLOWDOWN = 3.0
 # Prompt tokens that join in any case, so that prompts never stand still.
 _MIN_TOKENS = 16
 
