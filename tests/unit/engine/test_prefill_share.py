@@ -100,9 +100,9 @@ def test_more_join_where_the_queue_would_take_too_long() -> None:
     assert 139 * 29 < 4096 < 140 * 30
 
 
-def test_decodes_keep_a_quarter_of_the_time_however_long_the_queue() -> None:
-    assert limit(8, 100_000) == 84
-    assert duration(8 + 84) <= 4 * duration(8)
+def test_decodes_keep_a_third_of_the_time_however_long_the_queue() -> None:
+    assert limit(8, 100_000) == 56
+    assert duration(8 + 56) <= 3 * duration(8)
 
 
 def test_prompts_never_stand_still() -> None:
