@@ -1,0 +1,24 @@
+"""KV blocks without an engine."""
+
+import mmap
+from collections.abc import Sequence
+
+
+class PlainMemory:
+    """Implements BlockMemory over pages of this process, all of them written once, as a worker's in use are."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self.bytes = memoryview(mmap.mmap(-1, num_blocks * block_bytes))
+        for start in range(0, len(self.bytes), mmap.PAGESIZE):
+            self.bytes[start] = start % 251
+
+    def view(self, block_id: int) -> memoryview:
+        return self.bytes[block_id * self.block_bytes :][: self.block_bytes]
+
+    def to_host(self, block_ids: Sequence[int]) -> None:
+        """Nothing to do: these are the host's bytes."""
+
+    def to_device(self, block_ids: Sequence[int]) -> None:
+        """Nothing to do: these are the host's bytes."""
