@@ -7,6 +7,7 @@ messages three times slower.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
 
 import grpc
 
@@ -15,13 +16,25 @@ from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh import status
 from pdmesh.errors import CorruptionError, MeshError, TicketError, UnavailableError
 from pdmesh.v1 import kv_transfer_pb2 as pb
-from pdmesh.v1 import kv_transfer_pb2_grpc
 
 MAX_PART_BYTES = 256 * 1024
+SERVICE = pb.DESCRIPTOR.services_by_name["KVTransfer"].full_name
+_PUSH = f"/{SERVICE}/Push"
+# Wire types, https://protobuf.dev/programming-guides/encoding/.
+_VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
+_PART_TAG = pb.PushRequest.PART_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_PAYLOAD_TAG = pb.KVPart.PAYLOAD_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
 
-class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
-    """Takes parts into `memory`. Part of a worker's gRPC server, which it shares an address with."""
+class Part(NamedTuple):
+    """A `KVPart`: all of it but the payload, and the payload in the memory in which it arrived."""
+
+    head: pb.KVPart
+    payload: memoryview
+
+
+class GrpcReceiver:
+    """Takes parts into `memory`: the KVTransfer service of a worker's gRPC server, which it shares an address with."""
 
     def __init__(self, memory: BlockMemory, tickets: TicketTable, server_address: Callable[[], str]) -> None:
         self._memory = memory
@@ -32,16 +45,23 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
     def address(self) -> str:
         return self._server_address()
 
+    @staticmethod
+    def add_to_server(receiver: "GrpcReceiver", server: grpc.aio.Server) -> None:
+        """In place of the generated function, for a deserializer that leaves payloads where they are."""
+        push = grpc.stream_unary_rpc_method_handler(
+            receiver.push, request_deserializer=parse_push, response_serializer=pb.PushResponse.SerializeToString
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Push": push}),))
+
     async def start(self) -> None:
         """Nothing to do: the server listens."""
 
     async def aclose(self) -> None:
         """Nothing to do: the server's stop ends the streams."""
 
-    async def Push(self, request_iterator: AsyncIterator[pb.PushRequest], context: object) -> pb.PushResponse:
-        requests = aiter(request_iterator)
-        opening = await anext(requests, None)
-        if opening is None or not opening.HasField("open"):
+    async def push(self, requests: "AsyncIterator[pb.PushRequest | Part]", context: object) -> pb.PushResponse:
+        opening = await anext(aiter(requests), None)
+        if opening is None or isinstance(opening, Part) or not opening.HasField("open"):
             raise TicketError("a push begins with its ticket", stage="transfer")
         incoming = self._tickets.redeem(
             opening.open.ticket, opening.open.epoch, opening.open.request_id, opening.open.sender_incarnation,
@@ -49,8 +69,8 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
         )  # fmt: skip
         try:
             async for request in requests:
-                if request.HasField("part"):
-                    self._take(incoming, request.part)
+                if isinstance(request, Part):
+                    self._take(incoming, request)
                 else:
                     incoming.finish(request.finish.num_parts, request.finish.num_bytes)
                     return pb.PushResponse(num_parts=incoming.num_parts, num_bytes=incoming.num_bytes)
@@ -66,13 +86,14 @@ class GrpcReceiver(kv_transfer_pb2_grpc.KVTransferServicer):
         finally:
             incoming.fail(UnavailableError("the sender was lost", reason="SENDER_LOST", stage="transfer"))
 
-    def _take(self, incoming: Incoming, part: pb.KVPart) -> None:
+    def _take(self, incoming: Incoming, part: "Part") -> None:
+        head, payload = part
         # No await between the check of the ticket and the write: a revoked ticket's bytes never land.
-        with incoming.writing(part.block_index, part.offset_bytes, len(part.payload)):
-            if crc32c([part.payload]) != part.crc32c:
-                raise CorruptionError(f"block {part.block_index} fails its checksum", stage="transfer")
-            block = self._memory.view(incoming.block_ids[part.block_index])
-            block[part.offset_bytes : part.offset_bytes + len(part.payload)] = part.payload
+        with incoming.writing(head.block_index, head.offset_bytes, len(payload)):
+            if crc32c([payload]) != head.crc32c:
+                raise CorruptionError(f"block {head.block_index} fails its checksum", stage="transfer")
+            block = self._memory.view(incoming.block_ids[head.block_index])
+            block[head.offset_bytes : head.offset_bytes + len(payload)] = payload
         incoming.count_part()
 
 
@@ -86,6 +107,66 @@ def _stopper_of_current_task() -> Callable[[], None]:
     return stop
 
 
+def parse_push(data: bytes) -> pb.PushRequest | Part:
+    """A serialized `PushRequest`; protobuf's own way copies a part's payload, and once more whenever it is read.
+
+    Raises DecodeError for what is none.
+    """
+    try:
+        part = _part_in_place(data)
+    except IndexError:
+        part = None
+    if part is not None:
+        return part
+    request = pb.PushRequest.FromString(data)
+    return Part(request.part, memoryview(request.part.payload)) if request.HasField("part") else request
+
+
+def _part_in_place(data: bytes) -> Part | None:
+    """None, or IndexError, for what is no part or has not its payload at the end, where serializers write it."""
+    if data[0] != _PART_TAG:
+        return None
+    num_bytes, begin = _varint(data, 1)
+    if begin + num_bytes != len(data):
+        return None
+    at = begin
+    while data[at] != _PAYLOAD_TAG:
+        kind = data[at] & 7
+        if kind not in (_VARINT, _FIXED32):
+            return None
+        at = at + 5 if kind == _FIXED32 else _varint(data, at + 1)[1]
+    num_bytes, payload = _varint(data, at + 1)
+    if payload + num_bytes != len(data):
+        return None
+    return Part(pb.KVPart.FromString(data[begin:at]), memoryview(data)[payload:])
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at a byte, and where it ends."""
+    value = shift = 0
+    while data[at] & 0x80:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1
+
+
+def part_request(block_index: int, offset_bytes: int, payload: memoryview) -> bytes:
+    """A `PushRequest` with a `KVPart`, as SerializeToString writes it, but with one copy of the payload, not four."""
+    head = pb.KVPart(block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c([payload])).SerializeToString()
+    head += _length_prefix(pb.KVPart.PAYLOAD_FIELD_NUMBER, len(payload))
+    return b"".join((_length_prefix(pb.PushRequest.PART_FIELD_NUMBER, len(head) + len(payload)), head, payload))
+
+
+def _length_prefix(field_number: int, num_bytes: int) -> bytes:
+    """What stands before a field of type bytes or message: its tag and length."""
+    prefix = bytearray([field_number << 3 | _LENGTH_DELIMITED])
+    while num_bytes >= 0x80:
+        prefix.append(num_bytes & 0x7F | 0x80)
+        num_bytes >>= 7
+    prefix.append(num_bytes)
+    return bytes(prefix)
+
+
 class GrpcSender:
     """See base.KVSender. Takes the channel's use, not its ownership."""
 
@@ -96,27 +177,29 @@ class GrpcSender:
         self._open = pb.PushOpen(
             ticket=grant.ticket, epoch=grant.epoch, request_id=request_id, sender_incarnation=incarnation
         )
-        self._call = kv_transfer_pb2_grpc.KVTransferStub(channel).Push()
+        self._call: grpc.aio.StreamUnaryCall[bytes, pb.PushResponse] = channel.stream_unary(
+            _PUSH, response_deserializer=pb.PushResponse.FromString
+        )()
         self._num_parts = 0
         self._num_bytes = 0
         self._opened_at = 0.0
 
     async def open(self) -> None:
         self._opened_at = time.monotonic()
-        await self._write(pb.PushRequest(open=self._open))
+        await self._write(pb.PushRequest(open=self._open).SerializeToString())
 
     async def send(self, first_index: int, block_ids: Sequence[int]) -> None:
         for index, block_id in enumerate(block_ids, first_index):
             block = self._memory.view(block_id)
             for offset in range(0, len(block), MAX_PART_BYTES):
-                piece = bytes(block[offset : offset + MAX_PART_BYTES])
-                part = pb.KVPart(block_index=index, offset_bytes=offset, crc32c=crc32c([piece]), payload=piece)
-                await self._write(pb.PushRequest(part=part))
+                piece = block[offset : offset + MAX_PART_BYTES]
+                await self._write(part_request(index, offset, piece))
                 self._num_parts += 1
                 self._num_bytes += len(piece)
 
     async def finish(self) -> TransferStats:
-        await self._write(pb.PushRequest(finish=pb.PushFinish(num_parts=self._num_parts, num_bytes=self._num_bytes)))
+        finish = pb.PushFinish(num_parts=self._num_parts, num_bytes=self._num_bytes)
+        await self._write(pb.PushRequest(finish=finish).SerializeToString())
         # The receiver ends the call; closing our side of it first would be one more thing that can fail.
         await self._answer()
         return TransferStats(self._num_bytes, self._num_parts, time.monotonic() - self._opened_at)
@@ -124,7 +207,7 @@ class GrpcSender:
     async def aclose(self) -> None:
         self._call.cancel()
 
-    async def _write(self, request: pb.PushRequest) -> None:
+    async def _write(self, request: bytes) -> None:
         try:
             await self._call.write(request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats
-from kvstore.transfer.grpc_transport import GrpcReceiver
+from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
 from kvstore.transfer.tcp import TcpReceiver
 from kvstore.transfer.tickets import Incoming, TicketTable, TransferState
 from pdmesh.errors import PreconditionError, UnavailableError
 from pdmesh.server import GrpcServer
 from pdmesh.tasks import settled
-from pdmesh.v1 import kv_transfer_pb2_grpc
 
 
 class ReceiverHub:
@@ -37,7 +36,7 @@ class ReceiverHub:
             self._receivers["tcp"] = TcpReceiver(memory, self._tickets, host, advertise)
         if "grpc" in self.transports:
             receiver = GrpcReceiver(memory, self._tickets, lambda: server.address)
-            server.add(kv_transfer_pb2_grpc.add_KVTransferServicer_to_server, receiver, "pdmesh.v1.KVTransfer")
+            server.add(GrpcReceiver.add_to_server, receiver, SERVICE)
             self._receivers["grpc"] = receiver
 
     @property
