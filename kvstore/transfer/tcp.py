@@ -1,4 +1,4 @@
-"""Transport `tcp`: a socket beside gRPC, from cache memory straight into cache memory; within a machine a Unix socket.
+"""Transport `tcp`: a socket beside gRPC, from cache memory straight into cache memory.
 
 Blocking sockets on threads: measured three times faster than the same bytes through an event loop, and the loop stays
 free. Python copies nothing: `sendmsg` gathers from the sender's blocks, `recvmsg_into` scatters into the receiver's. So
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from google.protobuf.message import DecodeError
 
 from kvstore.transfer.base import BlockMemory, Grant, TransferStats, crc32c
-from kvstore.transfer.tcp_connection import MAX_PIECES, Connection, connect, local_name
+from kvstore.transfer.tcp_connection import MAX_PIECES, Connection, connect
 from kvstore.transfer.tcp_wire import Frame, FrameType, pack_nack, parse_nack
 from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh.errors import ConfigError, CorruptionError, MeshError, UnavailableError
@@ -45,10 +45,9 @@ class TcpReceiver:
         self._tickets = tickets
         self._host = host
         self._advertise = advertise
-        # With the threads that accept on them; the first one's is the address.
-        self._listeners: dict[socket.socket, threading.Thread] = {}
+        self._listener: socket.socket | None = None
         self._connections: dict[Connection, threading.Thread] = {}
-        self._closed = False
+        self._acceptor: threading.Thread | None = None
         self._port = 0
 
     @property
@@ -65,38 +64,19 @@ class TcpReceiver:
             listener.close()
             raise ConfigError(f"cannot listen for KV on {self._host}: {error}; choose another --host") from error
         self._port = listener.getsockname()[1]
-        self._accept_on(listener)
-        if local := self._listen_locally():
-            self._accept_on(local)
-
-    def _listen_locally(self) -> socket.socket | None:
-        name = local_name(self.address)
-        if name is None:
-            return None
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(name)
-            listener.listen()
-        except OSError as error:
-            log.info("no Unix socket for KV from this machine, which then comes by TCP: %s", error)
-            listener.close()
-            return None
-        return listener
-
-    def _accept_on(self, listener: socket.socket) -> None:
-        thread = threading.Thread(target=self._accept, args=(listener,), name="kv-accept", daemon=True)
-        self._listeners[listener] = thread
-        thread.start()
+        self._listener = listener
+        self._acceptor = threading.Thread(target=self._accept, args=(listener,), name="kv-accept", daemon=True)
+        self._acceptor.start()
 
     async def aclose(self) -> None:
-        if self._closed:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
-        self._closed = True
-        for listener, acceptor in self._listeners.items():
-            # Closing alone would leave the thread in accept(); shutting down wakes it.
-            listener.shutdown(socket.SHUT_RDWR)
-            await asyncio.to_thread(acceptor.join)
-            listener.close()
+        # Closing alone would leave the thread in accept(); shutting down wakes it.
+        listener.shutdown(socket.SHUT_RDWR)
+        assert self._acceptor is not None
+        await asyncio.to_thread(self._acceptor.join)
+        listener.close()
         threads = list(self._connections.items())
         for connection, _ in threads:
             connection.shut()
@@ -106,22 +86,20 @@ class TcpReceiver:
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, address = listener.accept()
-                # A Unix socket's peers have no names.
-                peer = address[0] if address else "this machine"
+                sock, peer = listener.accept()
                 if len(self._connections) >= MAX_CONNECTIONS:
                     log.warning("turned a KV connection from %s away: %d are open, the limit", peer, MAX_CONNECTIONS)
                     sock.close()
                     continue
                 connection = Connection(sock)
             except OSError as error:
-                if self._closed:
+                if self._listener is None:
                     return
                 # Out of file descriptors, or a peer that left meanwhile: those who are here go on.
                 log.warning("cannot accept a KV connection: %s", error)
                 time.sleep(ACCEPT_RETRY_S)
                 continue
-            thread = threading.Thread(target=self._serve, args=(connection,), name=f"kv-from-{peer}", daemon=True)
+            thread = threading.Thread(target=self._serve, args=(connection,), name=f"kv-from-{peer[0]}", daemon=True)
             self._connections[connection] = thread
             thread.start()
 

@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-import os
 import select
 import socket
-import struct
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from kvstore.transfer.tcp_wire import HEADER_BYTES, Frame
 from pdmesh.errors import UnavailableError
@@ -24,12 +22,6 @@ MAX_PIECES = 1024
 # What is still read, and dropped, from a peer that was refused in the middle of sending.
 MAX_LINGER_BYTES = 64 * 1024 * 1024
 LINGER_TIMEOUT_S = 1.0
-# sun_path of Linux, the zero that marks an abstract name included.
-_MAX_UNIX_NAME = 108
-# struct timeval: seconds, microseconds.
-_TIMEVAL = struct.Struct("ll")
-# struct ucred: process, user, group.
-_CREDENTIALS = struct.Struct("3i")
 
 
 class Connection:
@@ -41,13 +33,7 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._closing = threading.Lock()
-        # The kernel keeps the time: Python's own timeouts cost a poll before each call, and no call could wait for more
-        # than what is there.
-        sock.settimeout(None)
-        self._set_timeout(socket.SO_RCVTIMEO, SILENCE_TIMEOUT_S)
-        self._set_timeout(socket.SO_SNDTIMEO, SILENCE_TIMEOUT_S)
-        if sock.family == socket.AF_UNIX:
-            return
+        sock.settimeout(SILENCE_TIMEOUT_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if sys.platform == "linux":
@@ -86,8 +72,7 @@ class Connection:
         left = [piece for piece in pieces if len(piece)]
         begun = False
         while left:
-            with _in_time():
-                received = self._sock.recvmsg_into(left[:MAX_PIECES], 0, socket.MSG_WAITALL)[0]
+            received = self._sock.recvmsg_into(left[:MAX_PIECES])[0]
             if not received:
                 if eof_ok and not begun:
                     return False
@@ -100,9 +85,7 @@ class Connection:
         """Sends `pieces`, end to end."""
         left = [memoryview(piece) for piece in pieces if len(piece)]
         while left:
-            with _in_time():
-                sent = self._sock.sendmsg(left[:MAX_PIECES])
-            _advance(left, sent)
+            _advance(left, self._sock.sendmsg(left[:MAX_PIECES]))
 
     def send_last(self, frame: bytes) -> None:
         """Sends a frame after which nothing follows, and sees to it that the peer can read it.
@@ -112,12 +95,11 @@ class Connection:
         """
         self.send([frame])
         self._sock.shutdown(socket.SHUT_WR)
-        self._set_timeout(socket.SO_RCVTIMEO, LINGER_TIMEOUT_S)
+        self._sock.settimeout(LINGER_TIMEOUT_S)
         waste = bytearray(256 * 1024)
         num_drained = 0
-        with _in_time():
-            while num_drained < MAX_LINGER_BYTES and (count := self._sock.recv_into(waste)):
-                num_drained += count
+        while num_drained < MAX_LINGER_BYTES and (count := self._sock.recv_into(waste)):
+            num_drained += count
 
     def shut(self) -> None:
         """Ends the connection for both sides, and wakes whoever blocks on it. Its owner closes it."""
@@ -128,19 +110,6 @@ class Connection:
     def close(self) -> None:
         with self._closing:
             self._sock.close()
-
-    def _set_timeout(self, option: int, seconds: float) -> None:
-        whole, rest = divmod(seconds, 1)
-        self._sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(whole), int(rest * 1e6)))
-
-
-@contextlib.contextmanager
-def _in_time() -> Iterator[None]:
-    """Calls a timeout of the kernel by its name."""
-    try:
-        yield
-    except BlockingIOError as error:
-        raise TimeoutError("the peer was silent for too long") from error
 
 
 def _advance(pieces: list[memoryview], count: int) -> None:
@@ -154,44 +123,8 @@ def _advance(pieces: list[memoryview], count: int) -> None:
         pieces[0] = pieces[0][count:]
 
 
-def local_name(address: str) -> str | None:
-    """Under which Unix socket the receiver at `address`, host:port, listens too, for senders on its machine.
-
-    An abstract name, which belongs to a network namespace and leaves no file behind. None where there is no such thing.
-    """
-    name = f"\0pdmesh-kv/{address}"
-    return name if sys.platform == "linux" and len(name) <= _MAX_UNIX_NAME else None
-
-
 async def connect(address: str) -> Connection:
-    """A new connection to `address`, host:port, by a Unix socket where the receiver is on this machine: twice as fast.
-
-    Raises UnavailableError.
-    """
-    return _connect_locally(address) or await _connect(address)
-
-
-def _connect_locally(address: str) -> Connection | None:
-    name = local_name(address)
-    if name is None:
-        return None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # Succeeds or fails at once.
-        sock.setblocking(False)
-        sock.connect(name)
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        # Anybody may take a name: a ticket is shown to our own user only.
-        if _CREDENTIALS.unpack(credentials)[1] == os.getuid():
-            return Connection(sock)
-    except OSError:
-        # Nobody listens there: the receiver is elsewhere, or in another network namespace.
-        pass
-    sock.close()
-    return None
-
-
-async def _connect(address: str) -> Connection:
+    """A new connection to `address`, host:port. Raises UnavailableError."""
     host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
     try:
