@@ -12,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench bench-engine
+.PHONY: help demo up test test-all check gen bench bench-engine bench-transfer
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ bench: .venv/.installed  ## measure the mesh beside the engine alone
 
 bench-engine: .venv/.installed  ## measure the engine beside its peers and the machine's limits
 	@$(BIN)/python -m bench.engine $(ARGS)
+
+bench-transfer: .venv/.installed  ## measure every KV transport beside memcpy, a bare socket and a bare gRPC stream
+	@$(BIN)/python -m bench.transfer $(ARGS)
 
 # A new pyproject.toml means a new install; pip does nothing where all is there. This torch goes first and exactly so:
 # pip then keeps the build that is installed, for CPU or CUDA, where a range could replace it.

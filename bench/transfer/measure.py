@@ -23,7 +23,7 @@ from pdmesh.channels import ChannelPool
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 1 << 30
-# Whom each transport is compared with. Where both ends are on one machine tcp may take a Unix socket.
+# What each transport is compared with: the same kind of connection.
 YARDSTICKS = {"tcp": "bare tcp", "grpc": "bare grpc"}
 
 # Moves the first blocks and returns the seconds that it took.

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvstore.transfer.base import crc32c
-from kvstore.transfer.grpc_transport import Part, part_request, parse_push
+from kvstore.transfer.grpc_transport import Part, parse_push, part_request
 from pdmesh.v1 import kv_transfer_pb2 as pb
 
 payloads = st.binary(max_size=300)
@@ -16,9 +16,8 @@ payloads = st.binary(max_size=300)
 @example(0, 0, b"")
 @example(3, 262144, bytes(262144))
 def test_a_part_is_written_as_protobuf_writes_it(block_index: int, offset_bytes: int, payload: bytes) -> None:
-    part = pb.KVPart(
-        block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c([payload]), payload=payload or None
-    )
+    crc = crc32c([payload])
+    part = pb.KVPart(block_index=block_index, offset_bytes=offset_bytes, crc32c=crc, payload=payload)
     message = pb.PushRequest.FromString(part_request(block_index, offset_bytes, memoryview(payload)))
     assert message == pb.PushRequest(part=part)
     if payload:
