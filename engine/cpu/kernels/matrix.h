@@ -19,13 +19,7 @@ constexpr int kPanel = 32;
 constexpr int kVectors = kPanel / 16;
 
 // Rows multiplied at once: with two columns of vectors, what the machine's registers hold.
-#if defined(__AVX512F__)
 constexpr int kMaxRows = 12;
-#elif defined(__AVX__)
-constexpr int kMaxRows = 3;
-#else
-constexpr int kMaxRows = 3;
-#endif
 
 // Bytes of activations that one pass over the panels may come back to: they stay in the second-level cache.
 constexpr int64_t kRowBlockBytes = 256 * 1024;

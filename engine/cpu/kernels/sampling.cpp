@@ -45,13 +45,7 @@ struct Draws {
 };
 
 inline bool any(i32x16 mask) {
-#if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-  uint64_t words[8];
-  store(words, mask);
-  return (words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]) != 0;
-#endif
 }
 
 // The greatest value, and where it is first. NaN where there is one.

@@ -1,12 +1,10 @@
-// Sixteen floats at a time, in GCC's and Clang's vector extensions: the compiler makes of them what the machine has
-// (one AVX-512 register, two of AVX2, four of NEON).
+// Sixteen floats at a time: one AVX-512 register, in GCC's and Clang's vector extensions.
 #pragma once
+
+#include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace pdmesh {
 
@@ -36,19 +34,7 @@ inline u32x16 as_bits(f32x16 values) { return load<u32x16>(&values); }
 // a * b + c in one rounding. Elsewhere nothing is contracted (-ffp-contract=off): of a * b + c * d a compiler may fuse
 // either product, and which one may differ from caller to caller.
 inline f32x16 fused_multiply_add(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  struct Halves {
-    __m256 low, high;
-  };
-  const Halves x = load<Halves>(&a), y = load<Halves>(&b), z = load<Halves>(&c);
-  const Halves result = {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
-  return load<f32x16>(&result);
-#else
-  for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
-#endif
 }
 
 inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
@@ -72,31 +58,17 @@ inline float horizontal_max(f32x16 v) {
 
 // The nearest integers, ties to even; of values below 2^22 in size.
 inline f32x16 nearest(f32x16 x) {
-#if defined(__AVX512F__)
   return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23
-  return x + magic - magic;
-#endif
 }
 
 // x * 2^n for integers n of -200 to 127. What would be less than the smallest normal number may be 0.
 inline f32x16 times_power_of_two(f32x16 x, f32x16 n) {
-#if defined(__AVX512F__)
   return (f32x16)_mm512_scalef_ps((__m512)x, (__m512)n);
-#else
-  const f32x16 power = as_float(__builtin_convertvector(n + 127.0f, i32x16) << 23);
-  return n < splat(-126.0f) ? splat(0.0f) : x * power;
-#endif
 }
 
 // Of a NaN in b, that NaN.
 inline f32x16 at_least(float a, f32x16 b) {
-#if defined(__AVX512F__)
   return (f32x16)_mm512_max_ps((__m512)splat(a), (__m512)b);
-#else
-  return b < splat(a) ? splat(a) : b;
-#endif
 }
 
 // e^x within 2 units in the last place, for x <= 88; 0 for -inf. NaN stays NaN.

@@ -1,15 +1,13 @@
 // The threads of one call: they meet at barriers, and each works on its own share before it helps the others.
 #pragma once
 
+#include <immintrin.h>
 #include <omp.h>
 #include <sched.h>
 
 #include <atomic>
 #include <cstdint>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace pdmesh {
 
@@ -57,16 +55,10 @@ class Team {
     // Usually microseconds. Longer means that the others are off their cores, which they may want this one for.
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
       if (spins < 10000)
-        relax();
+        _mm_pause();
       else
         sched_yield();
     }
-  }
-
-  static void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#endif
   }
 
   std::vector<Share> shares_;
