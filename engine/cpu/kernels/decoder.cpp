@@ -1,6 +1,6 @@
 // A step of a decoder: a list of operations over the step's rows, run by one team of threads from the first to the last.
 //
-// Residuals, projections and norms' sums are float32; what a product reads (normed rows, attention's output, activations)
+// Residuals and sums are float32; what a product reads (normed rows, attention's output, activations)
 // and K and V are the weights' type. The C interface is mirrored in engine/cpu/library.py.
 
 #include "attention.h"
