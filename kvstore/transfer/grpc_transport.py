@@ -26,6 +26,9 @@ _PART_TAG = pb.PushRequest.PART_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _PAYLOAD_TAG = pb.KVPart.PAYLOAD_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
 
+_Context = grpc.aio.ServicerContext[pb.PushRequest, pb.PushResponse]
+
+
 class Part(NamedTuple):
     """A `KVPart`: all of it but the payload, and the payload in the memory in which it arrived."""
 
@@ -59,7 +62,7 @@ class GrpcReceiver:
     async def aclose(self) -> None:
         """Nothing to do: the server's stop ends the streams."""
 
-    async def push(self, requests: "AsyncIterator[pb.PushRequest | Part]", context: object) -> pb.PushResponse:
+    async def push(self, requests: "AsyncIterator[pb.PushRequest | Part]", context: _Context) -> pb.PushResponse:
         opening = await anext(aiter(requests), None)
         if opening is None or isinstance(opening, Part) or not opening.HasField("open"):
             raise TicketError("a push begins with its ticket", stage="transfer")
@@ -68,6 +71,8 @@ class GrpcReceiver:
             _stopper_of_current_task(),
         )  # fmt: skip
         try:
+            # The ticket is taken; see GrpcSender.open.
+            await context.send_initial_metadata(())
             async for request in requests:
                 if isinstance(request, Part):
                     self._take(incoming, request)
@@ -187,6 +192,10 @@ class GrpcSender:
     async def open(self) -> None:
         self._opened_at = time.monotonic()
         await self._write(pb.PushRequest(open=self._open).SerializeToString())
+        # Until the ticket is taken, the receiver does not learn that this call was lost: its handler may never run.
+        await self._call.initial_metadata()
+        if self._call.done():
+            await self._answer()
 
     async def send(self, first_index: int, block_ids: Sequence[int]) -> None:
         for index, block_id in enumerate(block_ids, first_index):
