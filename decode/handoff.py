@@ -2,19 +2,23 @@
 
     decode                                     prefill
       │ ── RunStart ───────────────────────────▶ │  queues; no memory is held here meanwhile
-      │ ◀─────────────────────────── RunStarted ─│  computes
+      │ ◀─────────────────────────── RunStarted ─│  computes; says over which transports it reaches us
       │ reserves blocks, issues a ticket         │
       │ ── TransferGrant ──────────────────────▶ │
       │ ◀──────────────────────────── FirstToken │  passed on to the client at once
       │ ◀═══════ parts, over the transport ═════ │
-      │ ◀────────────────────────── RunComplete ─│
       │ every byte verified: blocks can commit   │
+      │ ◀────────────────────────── RunComplete ─│  nobody waits for it
+
+A transfer that fails is tried again over the next transport, with a new ticket for the same blocks. Heartbeats in both
+directions are the lease on each other's blocks.
 
 Whatever goes wrong raises; `run` returns only when the lease holds the whole prompt. Blocks that were reserved stay in
 the lease for the next attempt, and no writer can reach them any more once `run` has ended.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,14 +26,24 @@ import grpc
 
 from engine.api import BlockLease, Engine, EngineRequest
 from kvstore.transfer.base import Grant
-from kvstore.transfer.receiver import ReceiverHub
+from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
+from kvstore.transfer.states import HEARTBEAT_S
 from pdmesh import status
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import UnavailableError
+from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.hashing import root_hash, sequence_hashes
 from pdmesh.types import TokenLogprob
+from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
 from worker.host import WorkerHost
+
+log = logging.getLogger(__name__)
+
+# In which a prefill worker whose KV is here ends its stream; what it still says changes nothing.
+END_TIMEOUT_S = 2.0
+
+_Call = grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +101,8 @@ class Handoff:
         self._engine = engine
         self._hub = hub
         self._channels = channels
+        # Streams of which nothing is wanted any more, on their way to a good end.
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def run(
         self,
@@ -115,36 +131,70 @@ class Handoff:
         """
         report.worker_id = target.worker_id
         stub = prefill_pb2_grpc.PrefillStub(self._channels.get(target.address))
-        call = stub.Run()
+        call: _Call = stub.Run()
+        stream = _RunStream(call)
+        arriving = _Arriving()
         try:
             # A failure of either side of the group ends the other: nobody waits for a grant that will not come.
             async with asyncio.TaskGroup() as group:
-                await call.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
-                async for response in call:
-                    match response.WhichOneof("event"):
-                        case "started":
-                            started = response.started
-                            report.queue_s, report.transport = started.queue_s, started.transport
-                            report.num_cached_tokens = started.num_cached_tokens
-                            group.create_task(self._receive(call, target, request, request_id, epoch, lease, report))
-                        case "first_token":
-                            report.compute_s = response.first_token.compute_s
-                            if not on_first_token(_first_token(response.first_token)):
-                                raise _KVNotNeeded
-                        case "complete":
-                            report.transfer_s = response.complete.transfer_s
-            return True
+                await stream.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
+                beating = group.create_task(stream.beat())
+                reading = group.create_task(self._read(call, arriving, report, on_first_token))
+                transports = await arriving.transports
+                await self._receive(stream, transports, arriving, target, request, request_id, epoch, lease, report)
+                await arriving.first_token.wait()
+                reading.cancel()
+                beating.cancel()
         except BaseExceptionGroup as failed:
+            call.cancel()
             cause = _cause(failed)
             if isinstance(cause, _KVNotNeeded):
                 return False
             raise cause from failed
-        finally:
+        except BaseException:
             call.cancel()
+            raise
+        ending = asyncio.create_task(stream.end())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        return True
+
+    async def aclose(self) -> None:
+        """Waits for streams that are about to end; call it when no hand-off runs."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    async def _read(
+        self, call: "_Call", arriving: "_Arriving", report: Report, on_first_token: Callable[[FirstToken], bool]
+    ) -> None:
+        """Passes on what the prefill worker says."""
+        async for response in call:
+            arriving.alive()
+            match response.WhichOneof("event"):
+                case "started":
+                    started = response.started
+                    report.queue_s, report.num_cached_tokens = started.queue_s, started.num_cached_tokens
+                    for name, reason in started.unusable.items():
+                        log.info("KV of %s does not come over %s: %s", report.worker_id, name, reason)
+                    arriving.transports.set_result(list(started.transports))
+                case "first_token":
+                    report.compute_s = response.first_token.compute_s
+                    if not on_first_token(_first_token(response.first_token)):
+                        raise _KVNotNeeded
+                    arriving.first_token.set()
+                case "transfer_failed":
+                    failed = response.transfer_failed
+                    arriving.failed(failed.grant_number, failed.reason, failed.message)
+                case "complete":
+                    # All is verified, and whoever waits for that is about to learn it.
+                    return
+        raise UnavailableError(f"{report.worker_id} ended before the KV was here", stage="prefill")
 
     async def _receive(
         self,
-        call: grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse],
+        stream: "_RunStream",
+        transports: Sequence[str],
+        arriving: "_Arriving",
         target: PrefillTarget,
         request: EngineRequest,
         request_id: str,
@@ -153,23 +203,32 @@ class Handoff:
         report: Report,
     ) -> None:
         """Reserves blocks, grants them, and returns when every byte of them is verified."""
-        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        num_blocks = -(-num_tokens // self._engine.facts.block_size)
-        if len(lease.block_ids) < num_blocks:
-            await self._engine.reserve(lease, num_blocks - len(lease.block_ids))
+        token_ids = request.prompt_token_ids + request.output_token_ids
+        hashes = sequence_hashes(token_ids, self._engine.facts.block_size, root_hash(request.cache_salt))
+        if len(lease.block_ids) < len(hashes):
+            await self._engine.reserve(lease, len(hashes) - len(lease.block_ids))
         block_ids = lease.block_ids[lease.num_cached_blocks :]
-        incoming = self._hub.expect(request_id, epoch, target.incarnation, block_ids, report.transport)
-        try:
-            try:
-                await call.write(pb.RunRequest(grant=_grant_to_pb(incoming.grant)))
-                await call.done_writing()
-            except asyncio.InvalidStateError as error:
-                raise UnavailableError(f"{target.worker_id} ended before its grant", stage="prefill") from error
-            stats = await incoming.wait()
-            report.kv_bytes = stats.num_bytes
+        for number, transport in enumerate(transports):
+            report.transport = transport
+            async with self._hub.expect(
+                request_id, epoch, target.incarnation, block_ids, hashes[lease.num_cached_blocks :], transport
+            ) as incoming:
+                arriving.expect(number, incoming)
+                await stream.write(pb.RunRequest(grant=_grant_to_pb(number, incoming.grant)))
+                try:
+                    stats = await incoming.wait()
+                except MeshError as error:
+                    if error.reason == "LEASE_EXPIRED" or transport == transports[-1]:
+                        raise
+                    log.warning(
+                        "KV over %s failed, taking %s: %s", transport, transports[number + 1], error.message,
+                        extra={"request_id": request_id, "reason": error.reason},
+                    )  # fmt: skip
+                    continue
+            report.kv_bytes, report.transfer_s = stats.num_bytes, stats.duration_s
             self._engine.memory.to_device(block_ids)
-        finally:
-            await incoming.aclose()
+            return
+        raise UnavailableError(f"{target.worker_id} offers no transport", reason="NO_COMMON_TRANSPORT")
 
     def _start(
         self, target: PrefillTarget, request: EngineRequest, request_id: str, epoch: int, lease: BlockLease
@@ -187,9 +246,72 @@ class Handoff:
             decode_incarnation=self._host.incarnation,
             expected_incarnation=target.incarnation,
             facts=self._engine.facts.to_pb(),
-            transports=self._hub.transports,
+            offers=[kv_pb.TransportOffer(name=offer.name, address=offer.address) for offer in self._hub.offers],
             completion_index=request.completion_index,
         )
+
+
+class _Arriving:
+    """What one hand-off waits for.
+
+    Attributes:
+        transports: That the prefill worker can use, once it has started.
+        first_token: Set once that was passed on.
+    """
+
+    def __init__(self) -> None:
+        self.transports: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
+        self.first_token = asyncio.Event()
+        self._number = -1
+        self._incoming: IncomingTransfer | None = None
+
+    def expect(self, number: int, incoming: IncomingTransfer) -> None:
+        """The transfer of grant `number` is the one that is awaited now."""
+        self._number, self._incoming = number, incoming
+
+    def alive(self) -> None:
+        if self._incoming is not None:
+            self._incoming.alive()
+
+    def failed(self, number: int, reason: str, message: str) -> None:
+        """The prefill worker says that a grant came to nothing."""
+        if self._incoming is not None and number == self._number:
+            self._incoming.fail(UnavailableError(message, reason=reason, stage="transfer"))
+
+
+class _RunStream:
+    """The requests of one Run stream: gRPC takes one at a time."""
+
+    def __init__(self, call: "_Call") -> None:
+        self._call = call
+        self._writing = asyncio.Lock()
+
+    async def write(self, request: pb.RunRequest) -> None:
+        """Raises UnavailableError where the stream has ended; why, its reader learns."""
+        async with self._writing:
+            try:
+                await self._call.write(request)
+            except asyncio.InvalidStateError as error:
+                raise UnavailableError("the prefill worker ended the stream", stage="prefill") from error
+
+    async def beat(self) -> None:
+        """Gives signs of life until cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self.write(pb.RunRequest(heartbeat=kv_pb.Heartbeat()))
+
+    async def end(self) -> None:
+        """Lets the prefill worker come to its end by itself, if it does so soon."""
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                async with self._writing:
+                    await self._call.done_writing()
+                async for _ in self._call:
+                    pass
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            log.debug("a Run stream, no longer needed, ended with %r", error)
+        finally:
+            self._call.cancel()
 
 
 class _KVNotNeeded(Exception):
@@ -209,5 +331,7 @@ def _first_token(message: pb.FirstToken) -> FirstToken:
     )
 
 
-def _grant_to_pb(grant: Grant) -> pb.TransferGrant:
-    return pb.TransferGrant(ticket=grant.ticket, epoch=grant.epoch, transport=grant.transport, address=grant.address)
+def _grant_to_pb(number: int, grant: Grant) -> kv_pb.TransferGrant:
+    return kv_pb.TransferGrant(
+        ticket=grant.ticket, epoch=grant.epoch, transport=grant.transport, address=grant.address, number=number
+    )

@@ -29,9 +29,8 @@ class DecodeService:
             listen.advertised_host,
         )
         self.host.num_tickets = lambda: self._hub.num_open_tickets
-        worker = DecodeWorker(
-            engine, Handoff(self.host, engine, self._hub, self._channels), config.short_prefill_tokens
-        )
+        self._handoff = Handoff(self.host, engine, self._hub, self._channels)
+        worker = DecodeWorker(engine, self._handoff, config.short_prefill_tokens)
         servicer = DecodeServicer(self.host, worker)
         self.host.server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "pdmesh.v1.Decode")
 
@@ -47,5 +46,6 @@ class DecodeService:
 
     async def close(self) -> None:
         await self.host.close()
+        await self._handoff.aclose()
         await self._hub.aclose()
         await self._channels.aclose()

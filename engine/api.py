@@ -16,7 +16,7 @@ from typing import Protocol
 from pdmesh.errors import MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import FinishReason, Load, ModelInfo, PairingFacts, TokenLogprob
+from pdmesh.types import FinishReason, Load, MemoryFile, ModelInfo, PairingFacts, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,14 @@ class PrefillUpdate:
         num_computed_tokens: Tokens whose KV lies in `block_ids` for good, cached ones included. The first update
             comes when the request is first scheduled, before its step has run: only cached tokens count in it.
         block_ids: The blocks of all `num_computed_tokens`, in order.
+        block_hashes: Identity of those among them that are full.
         output: The first token; in the last update only.
     """
 
     num_cached_tokens: int
     num_computed_tokens: int
     block_ids: tuple[int, ...]
+    block_hashes: tuple[BlockHash, ...]
     output: TokenOutput | None = None
 
 
@@ -152,6 +154,11 @@ class BlockMemory(Protocol):
 
     @property
     def block_bytes(self) -> int: ...
+
+    @property
+    def file(self) -> MemoryFile | None:
+        """Where the blocks lie for other processes of this host to read; None: nowhere."""
+        ...
 
     def view(self, block_id: int) -> memoryview:
         """The writable bytes of one block, `block_bytes` long, format "B"."""

@@ -34,8 +34,13 @@ class Assembly:
     facts: PairingFacts
 
 
-def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int, int], None]) -> Assembly:
-    """Loads the model and makes an engine around it. Raises ConfigError before it allocates what cannot fit."""
+def assemble(
+    config: EngineConfig, load: ModelLoader, on_progress: Callable[[int, int], None], *, lend_kv: bool = False
+) -> Assembly:
+    """Loads the model and makes an engine around it. Raises ConfigError before it allocates what cannot fit.
+
+    With `lend_kv`, other processes of this host may be lent the KV cache to read.
+    """
     device = config.torch_device
     loaded = load(config.model, config.dtype_name, device, on_progress)
     shape = loaded.config
@@ -49,6 +54,7 @@ def assemble(config: EngineConfig, load: ModelLoader, on_progress: Callable[[int
         dtype=dtype,
         device=device,
         layout=kv_layout(config, shape, dtype),
+        lend=lend_kv,
     )
     scheduler_config = SchedulerConfig(
         num_blocks=size.num_blocks,

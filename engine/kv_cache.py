@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.host_memory import large_pages
+from engine.host_memory import private_memory, shared_memory
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
+from pdmesh.types import MemoryFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         layout: KVLayout = PLAIN,
+        lend: bool = False,
     ) -> None:
-        """Raises ConfigError where the memory cannot be had."""
+        """With `lend`, the blocks' bytes lie in `file` for other processes of this host to read.
+
+        Raises ConfigError where the memory cannot be had.
+        """
         assert num_blocks > 0
         assert block_size > 0
         self.num_blocks = num_blocks
@@ -73,11 +78,14 @@ class KVCache:
         self.head_dim = config.head_dim
         self.layout = layout
         self._block_bytes = bytes_per_block(config, block_size, dtype)
+        self.file: MemoryFile | None
         shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         try:
             # [num_blocks, block_bytes]: the cache itself, or where a device's blocks are staged. That takes memory
             # only for blocks that travel.
-            host = torch.frombuffer(large_pages(num_blocks * self._block_bytes), dtype=torch.uint8)
+            num_bytes = num_blocks * self._block_bytes
+            memory, self.file = shared_memory(num_bytes) if lend else (private_memory(num_bytes), None)
+            host = torch.frombuffer(memory, dtype=torch.uint8)
             self._host = host.view(num_blocks, self._block_bytes)
             self.data = (
                 host.view(dtype).view(shape) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)

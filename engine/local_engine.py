@@ -47,10 +47,12 @@ class LocalEngine:
 
     Args:
         load: Loads the model that `config` names.
+        lend_kv: Whether other processes of this host may be lent the KV cache to read.
     """
 
-    def __init__(self, config: EngineConfig, load: ModelLoader = load_model) -> None:
+    def __init__(self, config: EngineConfig, load: ModelLoader = load_model, *, lend_kv: bool = False) -> None:
         self._config = config
+        self._lend_kv = lend_kv
         self._load_model = load
         self._loop: asyncio.AbstractEventLoop | None = None
         # Rung by the thread.
@@ -227,7 +229,7 @@ class LocalEngine:
     def _build(self) -> EngineCore:
         if self._config.num_threads is not None:
             torch.set_num_threads(self._config.num_threads)
-        self._assembly = assemble(self._config, self._load_model, self._report_progress)
+        self._assembly = assemble(self._config, self._load_model, self._report_progress, lend_kv=self._lend_kv)
         return self._assembly.core
 
     def _on_thread_start(self) -> None:

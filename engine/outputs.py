@@ -71,6 +71,7 @@ def progress(request: Request, block_size: int, output: TokenOutput | None = Non
         num_cached_tokens=request.num_cached_tokens or 0,
         num_computed_tokens=request.num_computed_tokens,
         block_ids=tuple(request.block_table[:num_blocks]),
+        block_hashes=tuple(request.block_hashes[: request.num_computed_tokens // block_size]),
         output=output,
     )
 
@@ -84,7 +85,7 @@ def nothing_to_generate(request: Request, stop: Stop) -> StepOutput:
         finish_reason=stop.reason,
         matched_token_id=stop.matched_token_id,
     )
-    event = PrefillUpdate(0, 0, (), output) if request.hold_blocks else output
+    event = PrefillUpdate(0, 0, (), (), output) if request.hold_blocks else output
     return StepOutput(request, event, last=True)
 
 

@@ -39,3 +39,10 @@ def block_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash) -
         parent = block_hash(parent, list(islice(tokens, block_size)))
         hashes.append(parent)
     return hashes
+
+
+def sequence_hashes(token_ids: Sequence[int], block_size: int, parent: BlockHash) -> list[BlockHash]:
+    """As `block_hashes`, and one more for a partial last block: what its KV is of, though no cache knows it by that."""
+    hashes = block_hashes(token_ids, block_size, parent)
+    tail = token_ids[len(hashes) * block_size :]
+    return [*hashes, block_hash(hashes[-1] if hashes else parent, tail)] if tail else hashes

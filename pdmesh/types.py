@@ -50,6 +50,17 @@ def finish_reason_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryFile:
+    """A file that is nothing but memory (memfd), in which KV block i begins at i times a block's bytes.
+
+    Sealed against shrinking. `descriptor` belongs to whoever made it.
+    """
+
+    descriptor: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability of one token and of the likeliest ones at its place, best first."""
 

@@ -15,7 +15,9 @@ def main() -> None:
     configure_logging(service.log_level, "prefill")
     run(
         lambda: PrefillService(
-            config, LocalEngine(config.worker.engine), RedisDirectory(service.redis_url, service.cluster)
+            config,
+            LocalEngine(config.worker.engine, lend_kv=True),
+            RedisDirectory(service.redis_url, service.cluster),
         ),
         drain_s=service.drain_s,
     )

@@ -2,7 +2,7 @@
 
 from engine.api import Engine
 from kvstore.directory import Directory
-from kvstore.transfer.senders import TRANSPORTS, KVSenders
+from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
 from pdmesh.types import Role
 from pdmesh.v1 import prefill_pb2_grpc
@@ -21,7 +21,7 @@ class PrefillService:
         self._channels = ChannelPool()
         self._senders = KVSenders(EngineMemory(engine), self.host.incarnation, self._channels.get)
         worker = PrefillWorker(engine, self._senders)
-        servicer = PrefillServicer(self.host, worker, TRANSPORTS)
+        servicer = PrefillServicer(self.host, worker)
         self.host.server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "pdmesh.v1.Prefill")
 
     async def start(self) -> None:

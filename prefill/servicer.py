@@ -1,17 +1,29 @@
 """`pdmesh.v1.Prefill` on the wire: messages in, events out; the work is `PrefillWorker`'s."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from engine.api import EngineRequest
-from kvstore.transfer.base import Grant
-from kvstore.transfer.senders import choose_transport
-from pdmesh.errors import CancelledRequestError, InvalidRequestError, PreconditionError
+from kvstore.transfer.base import Grant, TransportOffer
+from kvstore.transfer.states import HEARTBEAT_S
+from pdmesh.errors import InvalidRequestError, PreconditionError
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import PairingFacts
+from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
-from prefill.worker import Complete, Event, FirstToken, PrefillWorker, Prompt, Started
+from prefill.worker import (
+    Complete,
+    Event,
+    FirstToken,
+    Message,
+    NumberedGrant,
+    PrefillWorker,
+    Prompt,
+    SignOfLife,
+    Started,
+    TransferFailed,
+)
 from worker.host import WorkerHost
 
 
@@ -21,13 +33,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     Args:
         host: Admits requests.
         worker: Does the work.
-        transports: What this side can send on.
     """
 
-    def __init__(self, host: WorkerHost, worker: PrefillWorker, transports: Sequence[str]) -> None:
+    def __init__(self, host: WorkerHost, worker: PrefillWorker) -> None:
         self._host = host
         self._worker = worker
-        self._transports = transports
 
     async def Run(
         self, request_iterator: AsyncIterator[pb.RunRequest], context: object
@@ -38,20 +48,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         start = opening.start
         with self._host.admitted(start.expected_incarnation):
             self._check_pairing(start)
-            transport = choose_transport(start.transports, self._transports)
             prompt = self._prompt(start)
             events: asyncio.Queue[Event | None] = asyncio.Queue()
-            granting = asyncio.create_task(_read_grant(request_iterator))
-            running = asyncio.create_task(self._worker.run(prompt, granting, events.put_nowait))
+            running = asyncio.create_task(self._worker.run(prompt, _messages(request_iterator), events.put_nowait))
             running.add_done_callback(lambda _: events.put_nowait(None))
             try:
-                while (event := await events.get()) is not None:
-                    yield _to_pb(event, transport)
+                async for response in _responses(events):
+                    yield response
                 await running
             finally:
                 running.cancel()
-                granting.cancel()
-                await asyncio.gather(running, granting, return_exceptions=True)
+                await asyncio.gather(running, return_exceptions=True)
 
     def _check_pairing(self, start: pb.RunStart) -> None:
         mismatch = self._host.engine.facts.mismatch(PairingFacts.from_pb(start.facts))
@@ -78,24 +85,46 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequestError(
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
-        return Prompt(start.request_id, request, start.num_held_blocks)
+        offers = [TransportOffer(offer.name, offer.address) for offer in start.offers]
+        return Prompt(start.request_id, request, start.num_held_blocks, offers)
 
 
-async def _read_grant(requests: AsyncIterator[pb.RunRequest]) -> Grant:
+async def _messages(requests: AsyncIterator[pb.RunRequest]) -> AsyncIterator[Message]:
     async for request in requests:
-        if request.HasField("grant"):
-            grant = request.grant
-            return Grant(bytes(grant.ticket), grant.epoch, grant.transport, grant.address)
-        raise InvalidRequestError("Prefill.Run takes one RunStart, then one TransferGrant", stage="prefill")
-    raise CancelledRequestError("the decode worker closed its side before it granted blocks", stage="prefill")
+        match request.WhichOneof("event"):
+            case "grant":
+                grant = request.grant
+                ticket = Grant(bytes(grant.ticket), grant.epoch, grant.transport, grant.address)
+                yield NumberedGrant(grant.number, ticket)
+            case "heartbeat":
+                yield SignOfLife()
+            case _:
+                raise InvalidRequestError("Prefill.Run takes one RunStart, then grants and heartbeats", stage="prefill")
 
 
-def _to_pb(event: Event, transport: str) -> pb.RunResponse:
+async def _responses(events: asyncio.Queue[Event | None]) -> AsyncIterator[pb.RunResponse]:
+    """The events up to None, and heartbeats where there are none to send."""
+    while True:
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                event = await events.get()
+        except TimeoutError:
+            yield pb.RunResponse(heartbeat=kv_pb.Heartbeat())
+            continue
+        if event is None:
+            return
+        yield _to_pb(event)
+
+
+def _to_pb(event: Event) -> pb.RunResponse:
     match event:
         case Started():
             return pb.RunResponse(
                 started=pb.RunStarted(
-                    num_cached_tokens=event.num_cached_tokens, transport=transport, queue_s=event.queue_s
+                    num_cached_tokens=event.num_cached_tokens,
+                    queue_s=event.queue_s,
+                    transports=event.negotiation.usable,
+                    unusable=dict(event.negotiation.unusable),
                 )
             )
         case FirstToken():
@@ -106,6 +135,12 @@ def _to_pb(event: Event, transport: str) -> pb.RunResponse:
                     logprob=output.logprobs[0].to_pb() if output.logprobs else None,
                     prompt_logprobs=[logprob.to_pb() for logprob in output.prompt_logprobs],
                     compute_s=event.compute_s,
+                )
+            )
+        case TransferFailed():
+            return pb.RunResponse(
+                transfer_failed=kv_pb.TransferFailed(
+                    grant_number=event.grant_number, reason=event.error.reason, message=event.error.message
                 )
             )
         case Complete():

@@ -1,25 +1,28 @@
 """One prompt's life on a prefill worker.
 
-1. It queues in the engine; no memory is held for it anywhere.
+1. It queues in the engine; no memory is held for it anywhere. Meanwhile the connection to the decode worker is opened.
 2. First scheduled: the decode worker is told (`Started`), and answers in its time with a grant.
 3. Each step computes a chunk. Blocks that are full and not held by the decode worker become ready; once the
    grant is here they are sent, while the next chunk computes.
 4. The last step samples the first token, passed on at once (`FirstToken`). If decode has no room yet, the KV
-   stays here, in the request's own blocks, until the grant comes or the stream ends.
-5. The rest is sent, the receiver acknowledges all of it (`Complete`).
-6. However it ends, the sender is closed and the blocks go back, in one `finally`.
+   stays here, in the request's own blocks, until the grant comes, or the stream or the lease ends.
+5. The rest is sent, the receiver acknowledges all of it (`Complete`). A transport that fails is told
+   (`TransferFailed`); the next grant is for another one, and all is sent again.
+6. However it ends, the shipment is closed and the blocks go back, in one `finally`.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from engine.api import Engine, EngineRequest, TokenOutput
-from kvstore.transfer.base import Grant, TransferStats
-from kvstore.transfer.senders import KVSenders
-from pdmesh.tasks import settled
+from engine.api import Engine, EngineRequest, PrefillStream, PrefillUpdate, TokenOutput
+from kvstore.transfer.base import Grant, TransferStats, TransportOffer
+from kvstore.transfer.senders import KVSenders, Negotiation
+from kvstore.transfer.shipment import Shipment
+from pdmesh.errors import CancelledRequestError, MeshError
+from pdmesh.hashing import BlockHash, block_hash, root_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Started:
 
     num_cached_tokens: int
     queue_s: float
+    negotiation: Negotiation
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,38 @@ class FirstToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferFailed:
+    """A grant came to nothing."""
+
+    grant_number: int
+    error: MeshError
+
+
+@dataclass(frozen=True, slots=True)
 class Complete:
     """All KV was sent and acknowledged."""
 
     stats: TransferStats
 
 
-Event = Started | FirstToken | Complete
+Event = Started | FirstToken | TransferFailed | Complete
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedGrant:
+    """A grant, and which of the stream's it is."""
+
+    number: int
+    grant: Grant
+
+
+@dataclass(frozen=True, slots=True)
+class SignOfLife:
+    """The decode worker is there."""
+
+
+# What a decode worker sends after its request.
+Message = NumberedGrant | SignOfLife
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +85,13 @@ class Prompt:
         request_id: The router's id of it, to which the ticket is bound.
         request: What to compute; its id tells attempts apart.
         num_held_blocks: Leading blocks that the decode worker has: they do not travel.
+        offers: Transports on which it receives the others, best first.
     """
 
     request_id: str
     request: EngineRequest
     num_held_blocks: int
+    offers: Sequence[TransportOffer]
 
 
 class PrefillWorker:
@@ -70,71 +101,71 @@ class PrefillWorker:
         self._engine = engine
         self._senders = senders
 
-    async def run(self, prompt: Prompt, grant: Awaitable[Grant], emit: Callable[[Event], None]) -> None:
+    async def run(self, prompt: Prompt, messages: AsyncIterator[Message], emit: Callable[[Event], None]) -> None:
         """Steps 1 to 6, reporting each event as it happens.
+
+        Args:
+            messages: From the decode worker. It may leave at any time, by ending them or by failing them.
 
         Raises what the engine or the transfer raised. Cancelling it frees everything before it returns.
         """
+
+        def on_failed(grant_number: int, error: MeshError) -> None:
+            emit(TransferFailed(grant_number, error))
+
+        try:
+            # The shipment is closed first: it reads blocks that the engine then takes back.
+            async with (
+                aclosing(self._engine.prefill(prompt.request)) as updates,
+                aclosing(Shipment(self._engine.memory, self._senders, prompt.request_id, on_failed)) as shipment,
+            ):
+                async with asyncio.TaskGroup() as group:
+                    listening = group.create_task(_listen(messages, shipment))
+                    negotiating = group.create_task(self._senders.negotiate(prompt.offers))
+                    computing = group.create_task(self._compute(prompt, updates, negotiating, shipment, emit))
+                    # Before the last block is computed it ends only by failing: then computing on is of no use.
+                    stats = await shipment.wait()
+                    await computing
+                    listening.cancel()
+                emit(Complete(stats))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+
+    async def _compute(
+        self,
+        prompt: Prompt,
+        updates: PrefillStream,
+        negotiating: asyncio.Task[Negotiation],
+        shipment: Shipment,
+        emit: Callable[[Event], None],
+    ) -> None:
         arrived = time.monotonic()
         started: float | None = None
-        shipment = _Shipment(self._engine, self._senders, prompt, grant)
-        async with aclosing(self._engine.prefill(prompt.request)) as updates:
-            shipping = asyncio.create_task(shipment.run())
-            try:
-                async for update in updates:
-                    if started is None:
-                        started = time.monotonic()
-                        emit(Started(update.num_cached_tokens, queue_s=started - arrived))
-                    if shipping.done():
-                        # It ends before the last block only by failing: no use computing on.
-                        await shipping
-                    shipment.offer(update.block_ids, update.num_computed_tokens, last=update.output is not None)
-                    if update.output is not None:
-                        emit(FirstToken(update.output, compute_s=time.monotonic() - started))
-                        break
-                emit(Complete(await shipping))
-            finally:
-                # Before the blocks go back: the sender reads them until it is closed.
-                shipping.cancel()
-                await settled(shipping)
+        async for update in updates:
+            if started is None:
+                started = time.monotonic()
+                emit(Started(update.num_cached_tokens, started - arrived, await negotiating))
+            hashes = self._hashes(prompt.request, update)
+            travelling = slice(prompt.num_held_blocks, len(hashes))
+            shipment.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
+            if update.output is not None:
+                emit(FirstToken(update.output, compute_s=time.monotonic() - started))
+
+    def _hashes(self, request: EngineRequest, update: PrefillUpdate) -> Sequence[BlockHash]:
+        """Identity of the blocks that may travel: the full ones, and at the end the partial one too."""
+        hashes = update.block_hashes
+        if update.output is None or len(hashes) == len(update.block_ids):
+            return hashes
+        token_ids = request.prompt_token_ids + request.output_token_ids
+        parent = hashes[-1] if hashes else root_hash(request.cache_salt)
+        return *hashes, block_hash(parent, token_ids[len(hashes) * self._engine.facts.block_size :])
 
 
-class _Shipment:
-    """The blocks of one prompt on their way: what is ready, what was sent."""
-
-    def __init__(self, engine: Engine, senders: KVSenders, prompt: Prompt, grant: Awaitable[Grant]) -> None:
-        self._memory = engine.memory
-        self._block_size = engine.facts.block_size
-        self._senders = senders
-        self._prompt = prompt
-        self._grant = grant
-        self._block_ids: Sequence[int] = ()
-        self._num_ready = prompt.num_held_blocks
-        self._all_ready = False
-        self._changed = asyncio.Event()
-
-    def offer(self, block_ids: Sequence[int], num_computed_tokens: int, *, last: bool) -> None:
-        """Full blocks among `block_ids` may go; with `last` the partial one too."""
-        num_full = num_computed_tokens // self._block_size
-        self._block_ids = block_ids
-        self._num_ready = max(self._num_ready, len(block_ids) if last else num_full)
-        self._all_ready = last
-        self._changed.set()
-
-    async def run(self) -> TransferStats:
-        """Waits for the grant, sends what becomes ready, returns when the receiver has verified all of it."""
-        grant = await self._grant
-        num_held = self._prompt.num_held_blocks
-        num_sent = num_held
-        async with aclosing(self._senders.sender(grant, self._prompt.request_id)) as sender:
-            await sender.open()
-            while True:
-                await self._changed.wait()
-                self._changed.clear()
-                last, ready = self._all_ready, self._block_ids[num_sent : self._num_ready]
-                if ready:
-                    self._memory.to_host(ready)
-                    await sender.send(num_sent - num_held, ready)
-                    num_sent += len(ready)
-                if last:
-                    return await sender.finish()
+async def _listen(messages: AsyncIterator[Message], shipment: Shipment) -> None:
+    async for message in messages:
+        match message:
+            case NumberedGrant():
+                shipment.granted(message.number, message.grant)
+            case SignOfLife():
+                shipment.alive()
+    raise CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill")

@@ -6,6 +6,7 @@ sends all blocks but the last, prints "sent", and waits for its end.
 """
 
 import asyncio
+import os
 import random
 import sys
 import threading
@@ -13,10 +14,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from engine.host_memory import shared_memory
 from kvstore.transfer.base import Grant, KVSender
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
+from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
 
 REQUEST_ID = "request"
@@ -25,16 +28,34 @@ INCARNATION = "sender-1"
 THREAD_END_TIMEOUT_S = 2.0
 
 
+def hash_of(place: int) -> BlockHash:
+    """Identity of the block at this place of a ticket."""
+    return BlockHash(b"block" + place.to_bytes(11, "little"))
+
+
+def hashes(num_blocks: int, first: int = 0) -> list[BlockHash]:
+    return [hash_of(place) for place in range(first, first + num_blocks)]
+
+
 class BytesMemory:
-    """Block memory without an engine."""
+    """Block memory without an engine, lent to others of this host; random bytes with a seed, else zeros."""
 
     def __init__(self, num_blocks: int, block_bytes: int, seed: int | None = None) -> None:
-        size = num_blocks * block_bytes
         self.block_bytes = block_bytes
-        self.content = bytearray(size) if seed is None else bytearray(random.Random(seed).randbytes(size))
+        self._bytes, self.file = shared_memory(max(1, num_blocks * block_bytes))
+        if seed is not None:
+            self._bytes[:] = random.Random(seed).randbytes(len(self._bytes))
+
+    def close(self) -> None:
+        assert self.file is not None
+        os.close(self.file.descriptor)
+
+    @property
+    def content(self) -> bytes:
+        return bytes(self._bytes)
 
     def view(self, block_id: int) -> memoryview:
-        return memoryview(self.content)[block_id * self.block_bytes :][: self.block_bytes]
+        return self._bytes[block_id * self.block_bytes :][: self.block_bytes]
 
     def read(self, block_ids: Sequence[int]) -> bytes:
         return b"".join(bytes(self.view(block_id)) for block_id in block_ids)
@@ -62,7 +83,8 @@ class Endpoints:
     senders: KVSenders
 
     def expect(self, block_ids: Sequence[int], request_id: str = REQUEST_ID) -> IncomingTransfer:
-        return self.hub.expect(request_id, EPOCH, INCARNATION, block_ids, self.transport)
+        block_hashes = hashes(len(block_ids))
+        return self.hub.expect(request_id, EPOCH, INCARNATION, block_ids, block_hashes, self.transport)
 
     def sender(self, grant: Grant, via: str | None = None, request_id: str = REQUEST_ID) -> KVSender:
         """A sender for `grant`, through a proxy's address if given."""
@@ -90,6 +112,8 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
         await senders.aclose()
         await channels.aclose()
         await ends.stop_receiving()
+        source.close()
+        target.close()
     assert hub.num_open_tickets == 0
     for thread in threading.enumerate():
         if thread.name.startswith("kv-"):
@@ -103,7 +127,7 @@ async def _send_all_but_the_last(grant: Grant, num_blocks: int, block_bytes: int
     senders = KVSenders(BytesMemory(num_blocks, block_bytes, seed=1), INCARNATION, channels.get)
     sender = senders.sender(grant, REQUEST_ID)
     await sender.open()
-    await sender.send(0, range(num_blocks - 1))
+    await sender.send(0, range(num_blocks - 1), hashes(num_blocks - 1))
     print("sent", flush=True)
     await asyncio.Event().wait()
 

@@ -85,7 +85,7 @@ class Mesh:
 
     async def add_prefill(self) -> PrefillService:
         config = PrefillConfig(self._worker_config(f"prefill-{len(self.prefills)}"))
-        service = PrefillService(config, LocalEngine(config.worker.engine), self.directory)
+        service = PrefillService(config, LocalEngine(config.worker.engine, lend_kv=True), self.directory)
         self.prefills.append(service)
         await service.start()
         return service

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from engine.api import Engine
+from pdmesh.types import MemoryFile
 
 
 class EngineMemory:
@@ -14,6 +15,10 @@ class EngineMemory:
     @property
     def block_bytes(self) -> int:
         return self._engine.memory.block_bytes
+
+    @property
+    def file(self) -> MemoryFile | None:
+        return self._engine.memory.file
 
     def view(self, block_id: int) -> memoryview:
         return self._engine.memory.view(block_id)

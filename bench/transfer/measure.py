@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.transfer.bare import BareSocket, move_by_stream
 from bench.transfer.memory import PlainMemory
-from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID
+from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID, hashes
 from kvstore.transfer.base import Grant
 from kvstore.transfer.senders import TRANSPORTS, KVSenders
 from pdmesh.channels import ChannelPool
@@ -24,7 +24,7 @@ from pdmesh.channels import ChannelPool
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 1 << 30
 # What each transport is compared with: the same kind of connection.
-YARDSTICKS = {"tcp": "bare tcp", "grpc": "bare grpc"}
+YARDSTICKS = {"shm": "memcpy", "tcp": "bare tcp", "grpc": "bare grpc"}
 
 # Moves the first blocks and returns the seconds that it took.
 Way = Callable[[int], Awaitable[float]]
@@ -151,7 +151,7 @@ async def _ways(stack: contextlib.AsyncExitStack, receiver: Receiver, memory: Pl
             try:
                 began = time.perf_counter()
                 await sender.open()
-                await sender.send(0, range(num_blocks))
+                await sender.send(0, range(num_blocks), hashes(num_blocks))
                 await sender.finish()
                 seconds = time.perf_counter() - began
             finally:

@@ -3,6 +3,8 @@
 import mmap
 from collections.abc import Sequence
 
+from engine.host_memory import shared_memory
+
 
 class PlainMemory:
     """Implements BlockMemory over pages of this process, all of them written once, as a worker's in use are."""
@@ -10,7 +12,7 @@ class PlainMemory:
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        self.bytes = memoryview(mmap.mmap(-1, num_blocks * block_bytes))
+        self.bytes, self.file = shared_memory(num_blocks * block_bytes)
         for start in range(0, len(self.bytes), mmap.PAGESIZE):
             self.bytes[start] = start % 251
 

@@ -20,10 +20,16 @@ from bench.transfer.memory import PlainMemory
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.channels import SERVER_OPTIONS
+from pdmesh.hashing import HASH_BYTES, BlockHash
 from pdmesh.server import GrpcServer
 
 REQUEST_ID, EPOCH, INCARNATION = "bench", 1, "bench-sender"
 _HOST = "127.0.0.1"
+
+
+def hashes(num_blocks: int) -> list[BlockHash]:
+    """Identities for blocks whose content is nobody's."""
+    return [BlockHash(place.to_bytes(HASH_BYTES, "little")) for place in range(num_blocks)]
 
 
 class _Receiving:
@@ -54,8 +60,9 @@ class _Receiving:
 
     async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if "expect" in request:
+            block_ids = range(request["blocks"])
             self._incoming = self._hub.expect(
-                REQUEST_ID, EPOCH, INCARNATION, range(request["blocks"]), request["expect"]
+                REQUEST_ID, EPOCH, INCARNATION, block_ids, hashes(len(block_ids)), request["expect"]
             )
             grant = self._incoming.grant
             return {"ticket": grant.ticket.hex(), "epoch": grant.epoch, "address": grant.address}

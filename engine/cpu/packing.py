@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cpu.library import Kernels
-from engine.host_memory import large_pages
+from engine.host_memory import private_memory
 
 # kernels/matrix.h: kPanel.
 PANEL = 32
@@ -101,7 +101,7 @@ class _LargePages:
 
     def take(self, num_bytes: int) -> memoryview:
         if num_bytes > len(self._left):
-            self._left = large_pages(max(_CHUNK_BYTES, num_bytes))
+            self._left = private_memory(max(_CHUNK_BYTES, num_bytes))
         taken, self._left = self._left[:num_bytes], self._left[padded(num_bytes, _CACHE_LINE) :]
         return taken
 

@@ -4,8 +4,12 @@ A receiver that has reserved blocks issues a ticket for exactly these; the `Gran
 The sender opens a `KVSender` with it and sends blocks as they become ready. Blocks are counted from the first one that
 the ticket covers: a sender never learns where they lie in the receiver's memory.
 
-    receiver:  ReceiverHub.expect(…) -> IncomingTransfer: wait(), aclose()
-    sender:    KVSenders.sender(grant, …) -> KVSender: open(), send(…) …, finish(), aclose()
+    receiver:  ReceiverHub.offers -> what a sender chooses from
+               ReceiverHub.expect(…) -> IncomingTransfer: wait(), aclose()
+    sender:    KVSenders.negotiate(offers) -> Negotiation
+               KVSenders.sender(grant, …) -> KVSender: open(), send(…) …, finish(), aclose()
+
+A transport is a module with a receiving and a sending end; docs/transfer.md says how to add one.
 """
 
 from collections.abc import Sequence
@@ -14,6 +18,9 @@ from typing import Protocol
 
 import google_crc32c
 import numpy as np
+
+from pdmesh.hashing import BlockHash
+from pdmesh.types import MemoryFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +52,24 @@ class Grant:
     address: str
 
 
+@dataclass(frozen=True, slots=True)
+class TransportOffer:
+    """A transport on which a receiver can be reached, and where."""
+
+    name: str
+    address: str
+
+
 class BlockMemory(Protocol):
     """The bytes of KV blocks; an engine's memory has this shape."""
 
     @property
     def block_bytes(self) -> int: ...
+
+    @property
+    def file(self) -> MemoryFile | None:
+        """Where the blocks lie for other processes of this host to read; None: nowhere."""
+        ...
 
     def view(self, block_id: int) -> memoryview:
         """The writable bytes of one block, `block_bytes` long."""
@@ -75,8 +95,11 @@ class KVSender(Protocol):
         """Presents the ticket."""
         ...
 
-    async def send(self, first_index: int, block_ids: Sequence[int]) -> None:
-        """Sends blocks whose place in the ticket begins at `first_index`. Their bytes must stay until `aclose`."""
+    async def send(self, first_index: int, block_ids: Sequence[int], block_hashes: Sequence[BlockHash]) -> None:
+        """Sends blocks whose place in the ticket begins at `first_index`, with the identity of each.
+
+        Their bytes must stay until `aclose`.
+        """
         ...
 
     async def finish(self) -> TransferStats:

@@ -15,13 +15,13 @@ from kvstore.transfer.base import BlockMemory, Grant, TransferStats, crc32c
 from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh import status
 from pdmesh.errors import CorruptionError, MeshError, TicketError, UnavailableError
+from pdmesh.hashing import BlockHash
 from pdmesh.v1 import kv_transfer_pb2 as pb
 
 MAX_PART_BYTES = 256 * 1024
 SERVICE = pb.DESCRIPTOR.services_by_name["KVTransfer"].full_name
 _PUSH = f"/{SERVICE}/Push"
-# Wire types, https://protobuf.dev/programming-guides/encoding/.
-_VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
+_LENGTH_DELIMITED = 2
 _PART_TAG = pb.PushRequest.PART_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 _PAYLOAD_TAG = pb.KVPart.PAYLOAD_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
 
@@ -94,12 +94,13 @@ class GrpcReceiver:
     def _take(self, incoming: Incoming, part: "Part") -> None:
         head, payload = part
         # No await between the check of the ticket and the write: a revoked ticket's bytes never land.
-        with incoming.writing(head.block_index, head.offset_bytes, len(payload)):
+        if head.offset_bytes + len(payload) > self._memory.block_bytes:
+            raise CorruptionError("a part beyond its block", reason="KV_OUT_OF_RANGE", stage="transfer")
+        with incoming.writing(head.block_index, head.offset_bytes, len(payload), head.block_hash):
             if crc32c([payload]) != head.crc32c:
                 raise CorruptionError(f"block {head.block_index} fails its checksum", stage="transfer")
             block = self._memory.view(incoming.block_ids[head.block_index])
             block[head.offset_bytes : head.offset_bytes + len(payload)] = payload
-        incoming.count_part()
 
 
 def _stopper_of_current_task() -> Callable[[], None]:
@@ -136,10 +137,16 @@ def _part_in_place(data: bytes) -> Part | None:
         return None
     at = begin
     while data[at] != _PAYLOAD_TAG:
-        kind = data[at] & 7
-        if kind not in (_VARINT, _FIXED32):
-            return None
-        at = at + 5 if kind == _FIXED32 else _varint(data, at + 1)[1]
+        match data[at] & 7:
+            case 0:  # varint; https://protobuf.dev/programming-guides/encoding/
+                at = _varint(data, at + 1)[1]
+            case 2:  # length-delimited
+                length, begin_of_field = _varint(data, at + 1)
+                at = begin_of_field + length
+            case 5:  # fixed32
+                at += 5
+            case _:
+                return None
     num_bytes, payload = _varint(data, at + 1)
     if payload + num_bytes != len(data):
         return None
@@ -155,9 +162,11 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value | data[at] << shift, at + 1
 
 
-def part_request(block_index: int, offset_bytes: int, payload: memoryview) -> bytes:
+def part_request(block_index: int, offset_bytes: int, block_hash: bytes, payload: memoryview) -> bytes:
     """A `PushRequest` with a `KVPart`, as SerializeToString writes it, but with one copy of the payload, not four."""
-    head = pb.KVPart(block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c([payload])).SerializeToString()
+    head = pb.KVPart(
+        block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c([payload]), block_hash=block_hash
+    ).SerializeToString()
     head += _length_prefix(pb.KVPart.PAYLOAD_FIELD_NUMBER, len(payload))
     return b"".join((_length_prefix(pb.PushRequest.PART_FIELD_NUMBER, len(head) + len(payload)), head, payload))
 
@@ -197,12 +206,12 @@ class GrpcSender:
         if self._call.done():
             await self._answer()
 
-    async def send(self, first_index: int, block_ids: Sequence[int]) -> None:
-        for index, block_id in enumerate(block_ids, first_index):
+    async def send(self, first_index: int, block_ids: Sequence[int], block_hashes: Sequence[BlockHash]) -> None:
+        for index, (block_id, block_hash) in enumerate(zip(block_ids, block_hashes, strict=True), first_index):
             block = self._memory.view(block_id)
             for offset in range(0, len(block), MAX_PART_BYTES):
                 piece = block[offset : offset + MAX_PART_BYTES]
-                await self._write(part_request(index, offset, piece))
+                await self._write(part_request(index, offset, block_hash, piece))
                 self._num_parts += 1
                 self._num_bytes += len(piece)
 

@@ -1,15 +1,19 @@
-"""The receiving side, as a decode worker uses it: expect a transfer, wait for it, close it."""
+"""The receiving side, as a worker uses it: expect a transfer, wait for it, close it."""
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats
+from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats, TransportOffer
 from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
+from kvstore.transfer.shm import ShmReceiver, host_id
+from kvstore.transfer.states import TransferState
 from kvstore.transfer.tcp import TcpReceiver
-from kvstore.transfer.tickets import Incoming, TicketTable, TransferState
-from pdmesh.errors import PreconditionError, UnavailableError
+from kvstore.transfer.tickets import Incoming, TicketTable
+from pdmesh.errors import MeshError, PreconditionError, UnavailableError
+from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
 from pdmesh.tasks import settled
 
@@ -19,7 +23,7 @@ class ReceiverHub:
 
     Args:
         memory: Where the blocks lie.
-        transports: Names of the transports to receive on, best first.
+        transports: Names of the transports to receive on, best first; those that this machine has not are left out.
         server: The worker's gRPC server, not started; the grpc transport joins it.
         host: Where other transports listen.
         advertise: Host under which senders reach them.
@@ -28,16 +32,23 @@ class ReceiverHub:
     def __init__(
         self, memory: BlockMemory, transports: Sequence[str], server: GrpcServer, host: str, advertise: str
     ) -> None:
-        self.transports = tuple(transports)
         self._memory = memory
         self._tickets = TicketTable()
         self._receivers: dict[str, KVReceiver] = {}
-        if "tcp" in self.transports:
-            self._receivers["tcp"] = TcpReceiver(memory, self._tickets, host, advertise)
-        if "grpc" in self.transports:
-            receiver = GrpcReceiver(memory, self._tickets, lambda: server.address)
-            server.add(GrpcReceiver.add_to_server, receiver, SERVICE)
-            self._receivers["grpc"] = receiver
+        for name in transports:
+            if name == "shm" and host_id():
+                self._receivers[name] = ShmReceiver(memory, self._tickets)
+            elif name == "tcp":
+                self._receivers[name] = TcpReceiver(memory, self._tickets, host, advertise)
+            elif name == "grpc":
+                receiver = GrpcReceiver(memory, self._tickets, lambda: server.address)
+                server.add(GrpcReceiver.add_to_server, receiver, SERVICE)
+                self._receivers[name] = receiver
+
+    @property
+    def offers(self) -> list[TransportOffer]:
+        """What senders may choose from, best first; once started."""
+        return [TransportOffer(name, receiver.address) for name, receiver in self._receivers.items()]
 
     @property
     def num_open_tickets(self) -> int:
@@ -55,67 +66,75 @@ class ReceiverHub:
         for receiver in self._receivers.values():
             await receiver.aclose()
 
+    def check_invariants(self) -> None:
+        """Raises AssertionError where the books do not add up; callable at any time."""
+        self._tickets.check_invariants()
+
     def expect(
-        self, request_id: str, epoch: int, sender_incarnation: str, block_ids: Sequence[int], transport: str
-    ) -> "IncomingTransfer":
-        """Issues a ticket for `block_ids`, all different. Raises PreconditionError for a transport not offered."""
-        if transport not in self._receivers:
-            raise PreconditionError(
-                f"transport {transport!r} was not offered: {', '.join(self.transports)}",
-                reason="NO_COMMON_TRANSPORT",
-                stage="transfer",
-            )
-        address = self._receivers[transport].address
-        return IncomingTransfer(
-            self._tickets,
-            request_id,
-            epoch,
-            sender_incarnation,
-            block_ids,
-            self._memory.block_bytes,
-            transport,
-            address,
-        )
-
-
-class IncomingTransfer:
-    """One expected transfer. Close it in any case, and free its blocks only then."""
-
-    def __init__(
         self,
-        tickets: TicketTable,
         request_id: str,
         epoch: int,
         sender_incarnation: str,
         block_ids: Sequence[int],
-        block_bytes: int,
+        block_hashes: Sequence[BlockHash],
         transport: str,
-        address: str,
-    ) -> None:
+    ) -> "IncomingTransfer":
+        """Issues a ticket for `block_ids`, all different, which are to hold the KV that `block_hashes` name.
+
+        Raises PreconditionError for a transport not offered.
+        """
+        if transport not in self._receivers:
+            raise PreconditionError(
+                f"transport {transport!r} was not offered: {', '.join(self._receivers)}",
+                reason="NO_COMMON_TRANSPORT",
+                stage="transfer",
+            )
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
-        self._ended = ended
-        self._started_at = loop.time()
-        self._tickets = tickets
 
         def on_end() -> None:
             # On any thread, and perhaps after the loop has gone.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set)
 
-        self._incoming = Incoming(request_id, epoch, sender_incarnation, block_ids, block_bytes, on_end)
-        tickets.issue(self._incoming)
-        self.grant = Grant(self._incoming.ticket, epoch, transport, address)
+        incoming = Incoming(
+            request_id, epoch, sender_incarnation, block_ids, block_hashes, self._memory.block_bytes, on_end
+        )
+        grant = Grant(incoming.ticket, epoch, transport, self._receivers[transport].address)
+        return IncomingTransfer(self._tickets, incoming, ended, grant)
+
+
+class IncomingTransfer:
+    """One expected transfer. Close it in any case, and free its blocks only then."""
+
+    def __init__(self, tickets: TicketTable, incoming: Incoming, ended: asyncio.Event, grant: Grant) -> None:
+        self.grant = grant
+        self._tickets = tickets
+        self._incoming = incoming
+        self._ended = ended
+        self._started_at = time.monotonic()
+        tickets.issue(incoming)
 
     async def wait(self) -> TransferStats:
         """Returns when every byte is here and verified. Raises what the transfer failed with."""
-        await self._ended.wait()
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, self._incoming.expires_at - time.monotonic())):
+                    await self._ended.wait()
+            self._incoming.tick()
         incoming = self._incoming
         if incoming.state is not TransferState.DONE:
             assert incoming.error is not None
             raise incoming.error
-        duration_s = asyncio.get_running_loop().time() - self._started_at
-        return TransferStats(incoming.num_bytes, incoming.num_parts, duration_s)
+        return TransferStats(incoming.num_bytes, incoming.num_parts, time.monotonic() - self._started_at)
+
+    def alive(self) -> None:
+        """The sender gave a sign of life."""
+        self._incoming.alive()
+
+    def fail(self, error: MeshError) -> None:
+        """The sender says that nothing will come."""
+        self._incoming.revoke(error)
 
     async def aclose(self) -> None:
         """Revokes the ticket; returns when no writer can reach the blocks any more. Idempotent."""

@@ -1,28 +1,30 @@
-"""The sending side, as a prefill worker uses it: the right sender for a grant."""
+"""The sending side, as a worker uses it: which transports reach a receiver, and the right sender for a grant."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 
-from kvstore.transfer.base import BlockMemory, Grant, KVSender
+from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransportOffer
 from kvstore.transfer.grpc_transport import GrpcSender
-from kvstore.transfer.tcp import TcpConnectionPool, TcpSender
-from pdmesh.errors import PreconditionError
+from kvstore.transfer.shm import ShmLink, why_unreachable
+from kvstore.transfer.socket_sender import ConnectionPool, SocketSender
+from kvstore.transfer.tcp import TcpLink
+from pdmesh.errors import MeshError, PreconditionError
 
 # Every transport, best first.
-TRANSPORTS = ("tcp", "grpc")
+TRANSPORTS = ("shm", "tcp", "grpc")
+# In which a receiver must answer, or its transport counts as one that does not reach it.
+NEGOTIATION_TIMEOUT_S = 1.0
 
 
-def choose_transport(offered: Sequence[str], supported: Sequence[str] = TRANSPORTS) -> str:
-    """The first of `offered`, which lists the receiver's best first, that is supported here."""
-    for name in offered:
-        if name in supported:
-            return name
-    raise PreconditionError(
-        f"no transport in common: offered {', '.join(offered) or 'none'}, supported {', '.join(supported)}",
-        reason="NO_COMMON_TRANSPORT",
-        stage="transfer",
-    )
+@dataclass(frozen=True, slots=True)
+class Negotiation:
+    """What became of a receiver's offers: those that reach it, best first, and why the others do not, by name."""
+
+    usable: tuple[str, ...]
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
 
 class KVSenders:
@@ -32,21 +34,85 @@ class KVSenders:
         memory: Where the blocks lie.
         incarnation: This process's; tickets are bound to it.
         channel_for: The gRPC channel to an address.
+        transports: Names of those to use.
     """
 
-    def __init__(self, memory: BlockMemory, incarnation: str, channel_for: Callable[[str], grpc.aio.Channel]) -> None:
+    def __init__(
+        self,
+        memory: BlockMemory,
+        incarnation: str,
+        channel_for: Callable[[str], grpc.aio.Channel],
+        transports: Sequence[str] = TRANSPORTS,
+    ) -> None:
         self._memory = memory
         self._incarnation = incarnation
         self._channel_for = channel_for
-        self._tcp_pool = TcpConnectionPool()
+        self._transports = transports
+        self._pools: dict[str, ConnectionPool] = {}
+
+    async def negotiate(self, offers: Sequence[TransportOffer]) -> Negotiation:
+        """Finds out which of the receiver's offers, best first, can be used.
+
+        Connects, so that a transfer finds an open connection: do it while the prompt is being computed. Only the best
+        one that answers is connected to; those after it are taken at their word.
+
+        Raises PreconditionError where there is none.
+        """
+        usable: list[str] = []
+        unusable: dict[str, str] = {}
+        for offer in offers:
+            reason = self._why_not(offer)
+            if not reason and not usable and (pool := self._pool(offer.name)) is not None:
+                try:
+                    async with asyncio.timeout(NEGOTIATION_TIMEOUT_S):
+                        await pool.warm(offer.address)
+                except MeshError as error:
+                    reason = error.message
+                except TimeoutError:
+                    reason = f"{offer.address} does not answer"
+            if reason:
+                unusable[offer.name] = reason
+            else:
+                usable.append(offer.name)
+        if not usable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items()) or "none is offered"
+            raise PreconditionError(
+                f"no KV transport reaches the receiver: {reasons}", reason="NO_COMMON_TRANSPORT", stage="transfer"
+            )
+        return Negotiation(tuple(usable), unusable)
 
     def sender(self, grant: Grant, request_id: str) -> KVSender:
         """A sender for one grant. Raises PreconditionError for a transport that is not ours."""
-        if choose_transport([grant.transport]) == "tcp":
-            return TcpSender(self._memory, grant, request_id, self._incarnation, self._tcp_pool)
-        channel = self._channel_for(grant.address)
-        return GrpcSender(self._memory, grant, request_id, self._incarnation, channel)
+        if reason := self._why_not(TransportOffer(grant.transport, grant.address)):
+            raise PreconditionError(
+                f"transport {grant.transport!r} cannot be used: {reason}",
+                reason="NO_COMMON_TRANSPORT",
+                stage="transfer",
+            )
+        pool = self._pool(grant.transport)
+        if pool is not None:
+            return SocketSender(grant, request_id, self._incarnation, pool)
+        return GrpcSender(self._memory, grant, request_id, self._incarnation, self._channel_for(grant.address))
 
     async def aclose(self) -> None:
         """Closes pooled connections and ends the threads; every sender is to be closed before."""
-        await self._tcp_pool.aclose()
+        for pool in self._pools.values():
+            await pool.aclose()
+
+    def _why_not(self, offer: TransportOffer) -> str:
+        """Why a transport is not to be tried; empty if it is."""
+        if offer.name not in self._transports:
+            return "it is not known here" if offer.name not in TRANSPORTS else "it is switched off here"
+        if offer.name == "shm":
+            return why_unreachable(offer.address) or ("" if self._memory.file else "the KV lies in private memory here")
+        return ""
+
+    def _pool(self, transport: str) -> ConnectionPool | None:
+        """The connections of a transport that has its own; made at first use, when the engine's memory is there."""
+        if transport == "grpc":
+            return None
+        if transport not in self._pools:
+            file = self._memory.file
+            link = TcpLink(self._memory) if transport == "tcp" or file is None else ShmLink(self._memory, file)
+            self._pools[transport] = ConnectionPool(link)
+        return self._pools[transport]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdmesh/v1/kv_transfer.proto\x12\tpdmesh.v1\"\x87\x01\n\x0bPushRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.PushOpenH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.KVPartH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.pdmesh.v1.PushFinishH\x00\x42\x07\n\x05\x65vent\"Y\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12sender_incarnation\x18\x04 \x01(\t\"T\n\x06KVPart\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"2\n\nPushFinish\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"4\n\x0cPushResponse\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x32G\n\nKVTransfer\x12\x39\n\x04Push\x12\x16.pdmesh.v1.PushRequest\x1a\x17.pdmesh.v1.PushResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdmesh/v1/kv_transfer.proto\x12\tpdmesh.v1\"\x87\x01\n\x0bPushRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.PushOpenH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.KVPartH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.pdmesh.v1.PushFinishH\x00\x42\x07\n\x05\x65vent\"Y\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12sender_incarnation\x18\x04 \x01(\t\"h\n\x06KVPart\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x12\n\nblock_hash\x18\x04 \x01(\x0c\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\"2\n\nPushFinish\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"4\n\x0cPushResponse\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"/\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"b\n\rTransferGrant\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\r\"G\n\x0eTransferFailed\x12\x14\n\x0cgrant_number\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x0b\n\tHeartbeat2G\n\nKVTransfer\x12\x39\n\x04Push\x12\x16.pdmesh.v1.PushRequest\x1a\x17.pdmesh.v1.PushResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUSHOPEN']._serialized_start=180
   _globals['_PUSHOPEN']._serialized_end=269
   _globals['_KVPART']._serialized_start=271
-  _globals['_KVPART']._serialized_end=355
-  _globals['_PUSHFINISH']._serialized_start=357
-  _globals['_PUSHFINISH']._serialized_end=407
-  _globals['_PUSHRESPONSE']._serialized_start=409
-  _globals['_PUSHRESPONSE']._serialized_end=461
-  _globals['_KVTRANSFER']._serialized_start=463
-  _globals['_KVTRANSFER']._serialized_end=534
+  _globals['_KVPART']._serialized_end=375
+  _globals['_PUSHFINISH']._serialized_start=377
+  _globals['_PUSHFINISH']._serialized_end=427
+  _globals['_PUSHRESPONSE']._serialized_start=429
+  _globals['_PUSHRESPONSE']._serialized_end=481
+  _globals['_TRANSPORTOFFER']._serialized_start=483
+  _globals['_TRANSPORTOFFER']._serialized_end=530
+  _globals['_TRANSFERGRANT']._serialized_start=532
+  _globals['_TRANSFERGRANT']._serialized_end=630
+  _globals['_TRANSFERFAILED']._serialized_start=632
+  _globals['_TRANSFERFAILED']._serialized_end=703
+  _globals['_HEARTBEAT']._serialized_start=705
+  _globals['_HEARTBEAT']._serialized_end=716
+  _globals['_KVTRANSFER']._serialized_start=718
+  _globals['_KVTRANSFER']._serialized_end=789
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KVTransferStub:
-    """Missing associated documentation comment in .proto file."""
+    """Served by whoever receives KV.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,7 +43,8 @@ class KVTransferStub:
 
 
 class KVTransferServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Served by whoever receives KV.
+    """
 
     def Push(self, request_iterator, context):
         """Sends the blocks that one ticket allows: open, parts in any order, finish. The response means that every
@@ -69,7 +71,8 @@ def add_KVTransferServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KVTransfer:
-    """Missing associated documentation comment in .proto file."""
+    """Served by whoever receives KV.
+    """
 
     @staticmethod
     def Push(request_iterator,

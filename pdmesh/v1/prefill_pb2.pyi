@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from pdmesh.v1 import common_pb2 as _common_pb2
+from pdmesh.v1 import kv_transfer_pb2 as _kv_transfer_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -25,21 +26,25 @@ class RunRequest(_message.Message):
 
     START_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___RunStart: ...
     @_builtins.property
-    def grant(self) -> Global___TransferGrant: ...
+    def grant(self) -> _kv_transfer_pb2.TransferGrant: ...
+    @_builtins.property
+    def heartbeat(self) -> _kv_transfer_pb2.Heartbeat: ...
     def __init__(
         self,
         *,
         start: Global___RunStart | None = ...,
-        grant: Global___TransferGrant | None = ...,
+        grant: _kv_transfer_pb2.TransferGrant | None = ...,
+        heartbeat: _kv_transfer_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "grant", b"grant", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "grant", b"grant", "heartbeat", b"heartbeat", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "grant", b"grant", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "grant", b"grant", "heartbeat", b"heartbeat", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["start", "grant"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["start", "grant", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -61,7 +66,7 @@ class RunStart(_message.Message):
     DECODE_INCARNATION_FIELD_NUMBER: _builtins.int
     EXPECTED_INCARNATION_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
-    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
     COMPLETION_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
@@ -89,7 +94,7 @@ class RunStart(_message.Message):
         """The decode worker's; compared before anything is computed."""
 
     @_builtins.property
-    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[_kv_transfer_pb2.TransportOffer]:
         """What the decode worker can receive on, best first."""
 
     def __init__(
@@ -107,48 +112,16 @@ class RunStart(_message.Message):
         decode_incarnation: _builtins.str = ...,
         expected_incarnation: _builtins.str = ...,
         facts: _common_pb2.PairingFacts | None = ...,
-        transports: _abc.Iterable[_builtins.str] | None = ...,
+        offers: _abc.Iterable[_kv_transfer_pb2.TransportOffer] | None = ...,
         completion_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "offers", b"offers", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunStart: _TypeAlias = RunStart  # noqa: Y015
-
-@_typing.final
-class TransferGrant(_message.Message):
-    """Leave to write the prompt's blocks, once: bound to request, attempt and both incarnations."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TICKET_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
-    ADDRESS_FIELD_NUMBER: _builtins.int
-    ticket: _builtins.bytes
-    """16 random bytes."""
-    epoch: _builtins.int
-    transport: _builtins.str
-    address: _builtins.str
-    """Where that transport listens: host:port."""
-    def __init__(
-        self,
-        *,
-        ticket: _builtins.bytes = ...,
-        epoch: _builtins.int = ...,
-        transport: _builtins.str = ...,
-        address: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "ticket", b"ticket", "transport", b"transport"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TransferGrant: _TypeAlias = TransferGrant  # noqa: Y015
 
 @_typing.final
 class RunResponse(_message.Message):
@@ -157,24 +130,32 @@ class RunResponse(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    TRANSFER_FAILED_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___RunStarted: ...
     @_builtins.property
     def first_token(self) -> Global___FirstToken: ...
     @_builtins.property
     def complete(self) -> Global___RunComplete: ...
+    @_builtins.property
+    def transfer_failed(self) -> _kv_transfer_pb2.TransferFailed: ...
+    @_builtins.property
+    def heartbeat(self) -> _kv_transfer_pb2.Heartbeat: ...
     def __init__(
         self,
         *,
         started: Global___RunStarted | None = ...,
         first_token: Global___FirstToken | None = ...,
         complete: Global___RunComplete | None = ...,
+        transfer_failed: _kv_transfer_pb2.TransferFailed | None = ...,
+        heartbeat: _kv_transfer_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "event", b"event", "first_token", b"first_token", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "event", b"event", "first_token", b"first_token", "heartbeat", b"heartbeat", "started", b"started", "transfer_failed", b"transfer_failed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "event", b"event", "first_token", b"first_token", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "event", b"event", "first_token", b"first_token", "heartbeat", b"heartbeat", "started", b"started", "transfer_failed", b"transfer_failed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "first_token", "complete"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "first_token", "complete", "transfer_failed", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -184,23 +165,51 @@ Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
 class RunStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class UnusableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    TRANSPORT_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    UNUSABLE_FIELD_NUMBER: _builtins.int
     num_cached_tokens: _builtins.int
-    transport: _builtins.str
-    """The one of RunStart.transports that the KV will take."""
     queue_s: _builtins.float
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of RunStart.offers that this side can use, in the order offered."""
+
+    @_builtins.property
+    def unusable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Why it cannot use the others, by name."""
+
     def __init__(
         self,
         *,
         num_cached_tokens: _builtins.int = ...,
-        transport: _builtins.str = ...,
         queue_s: _builtins.float = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
+        unusable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "transports", b"transports", "unusable", b"unusable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,9 +45,10 @@ class PrefillServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request_iterator, context):
-        """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV;
-        the prefill worker sends started, first_token and complete, in this order, and the KV through KVTransfer.
-        Either side ends it by closing the stream; a failure is always a status, never silence.
+        """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV; the
+        prefill worker sends started, first_token and complete, in this order, and the KV over the transport granted.
+        Where a transport fails, the next grant names another. Both sides send heartbeats: the lease on each other's
+        blocks. Either side ends it by closing the stream; a failure is always a status, never silence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

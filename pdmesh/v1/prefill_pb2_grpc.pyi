@@ -32,18 +32,20 @@ class PrefillStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_prefill_pb2.RunRequest, _prefill_pb2.RunResponse]
-    """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV;
-    the prefill worker sends started, first_token and complete, in this order, and the KV through KVTransfer.
-    Either side ends it by closing the stream; a failure is always a status, never silence.
+    """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV; the
+    prefill worker sends started, first_token and complete, in this order, and the KV over the transport granted.
+    Where a transport fails, the next grant names another. Both sides send heartbeats: the lease on each other's
+    blocks. Either side ends it by closing the stream; a failure is always a status, never silence.
     """
 
 @_typing.type_check_only
 class PrefillAsyncStub(PrefillStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_prefill_pb2.RunRequest, _prefill_pb2.RunResponse]  # type: ignore[assignment]
-    """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV;
-    the prefill worker sends started, first_token and complete, in this order, and the KV through KVTransfer.
-    Either side ends it by closing the stream; a failure is always a status, never silence.
+    """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV; the
+    prefill worker sends started, first_token and complete, in this order, and the KV over the transport granted.
+    Where a transport fails, the next grant names another. Both sides send heartbeats: the lease on each other's
+    blocks. Either side ends it by closing the stream; a failure is always a status, never silence.
     """
 
 class PrefillServicer(metaclass=_abc_1.ABCMeta):
@@ -53,9 +55,10 @@ class PrefillServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_prefill_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_prefill_pb2.RunResponse], _abc.AsyncIterator[_prefill_pb2.RunResponse]]:
-        """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV;
-        the prefill worker sends started, first_token and complete, in this order, and the KV through KVTransfer.
-        Either side ends it by closing the stream; a failure is always a status, never silence.
+        """One prompt. The decode worker sends start, then, when told that computing has begun, a grant for the KV; the
+        prefill worker sends started, first_token and complete, in this order, and the KV over the transport granted.
+        Where a transport fails, the next grant names another. Both sides send heartbeats: the lease on each other's
+        blocks. Either side ends it by closing the stream; a failure is always a status, never silence.
         """
 
 def add_PrefillServicer_to_server(servicer: PrefillServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

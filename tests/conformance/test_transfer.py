@@ -12,15 +12,15 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from kvstore.transfer import tcp_connection
+from kvstore.transfer import connection
 from kvstore.transfer.base import KVSender, crc32c
-from kvstore.transfer.senders import TRANSPORTS, choose_transport
-from kvstore.transfer.tcp_wire import Frame, FrameType
+from kvstore.transfer.frames import Frame, FrameType
+from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.errors import CorruptionError, MeshError, PreconditionError, TicketError, UnavailableError
 from pdmesh.v1 import kv_transfer_pb2 as pb
 from pdmesh.v1 import kv_transfer_pb2_grpc
 from tests.fault_proxy import FaultProxy
-from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, Endpoints, endpoints
+from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, Endpoints, endpoints, hash_of, hashes
 
 # How long a test waits for what must happen at once; it fails only by never happening.
 PATIENCE_S = 8.0
@@ -42,7 +42,7 @@ async def send_pieces(sender: KVSender, pieces: Sequence[tuple[int, Sequence[int
     async with aclosing(sender):
         await sender.open()
         for first_index, block_ids in pieces:
-            await sender.send(first_index, block_ids)
+            await sender.send(first_index, block_ids, hashes(len(block_ids), first_index))
         await sender.finish()
 
 
@@ -71,7 +71,7 @@ async def test_bytes_arrive_whatever_the_order(transport: str, block_bytes: int)
             async with aclosing(incoming), aclosing(ends.sender(incoming.grant)) as sender:
                 await sender.open()
                 for start, end in pieces:
-                    await sender.send(start, source_ids[start:end])
+                    await sender.send(start, source_ids[start:end], hashes(end - start, start))
                 sent = await sender.finish()
                 received = await incoming.wait()
             assert sent.num_bytes == received.num_bytes == count * block_bytes
@@ -105,7 +105,7 @@ async def test_many_transfers_at_once_over_one_pool(transport: str) -> None:
                 async with aclosing(ends.sender(incoming.grant, request_id=request_id)) as sender:
                     await sender.open()
                     for index, block_id in enumerate(block_ids):
-                        await sender.send(index, [block_id])
+                        await sender.send(index, [block_id], [hash_of(index)])
                         await asyncio.sleep(0)
                     await sender.finish()
                 await incoming.wait()
@@ -142,14 +142,14 @@ async def _tcp_address(ends: Endpoints) -> str:
 
 
 async def test_a_pause_between_parts_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_connection, "SILENCE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection, "SILENCE_TIMEOUT_S", 0.1)
     async with endpoints("tcp", 2, KIB) as ends, aclosing(ends.expect(range(2))) as incoming:
         async with aclosing(ends.sender(incoming.grant)) as sender:
             await sender.open()
-            await sender.send(0, [0])
+            await sender.send(0, [0], hashes(1))
             # The prefill worker computes its next chunk, for longer than a peer may be silent within a part.
             await asyncio.sleep(0.4)
-            await sender.send(1, [1])
+            await sender.send(1, [1], [hash_of(1)])
             await sender.finish()
         await incoming.wait()
         assert ends.target.content == ends.source.content
@@ -182,7 +182,7 @@ async def test_a_ticket_opens_for_its_own_sender_alone_and_once(transport: str) 
 
 async def test_a_past_incarnation_is_refused(transport: str) -> None:
     async with endpoints(transport, 1, KIB) as ends:
-        expected = ends.hub.expect(REQUEST_ID, EPOCH, "sender-2", [0], transport)
+        expected = ends.hub.expect(REQUEST_ID, EPOCH, "sender-2", [0], hashes(1), transport)
         async with aclosing(expected) as incoming:
             with pytest.raises((TicketError, UnavailableError)) as refused:
                 await send_all(ends.sender(incoming.grant), 1)
@@ -203,14 +203,7 @@ async def test_a_closed_transfer_s_ticket_is_worth_nothing(transport: str) -> No
 async def test_a_transport_that_was_not_offered_is_refused(transport: str) -> None:
     async with endpoints(transport, 1, KIB) as ends:
         with pytest.raises(PreconditionError):
-            ends.hub.expect(REQUEST_ID, EPOCH, INCARNATION, [0], "pigeon")
-
-
-def test_the_receiver_s_best_transport_is_chosen() -> None:
-    assert choose_transport(["grpc", "tcp"], ["tcp", "grpc"]) == "grpc"
-    assert choose_transport(["nixl", "tcp"]) == "tcp"
-    with pytest.raises(PreconditionError, match="nixl"):
-        choose_transport(["nixl"])
+            ends.hub.expect(REQUEST_ID, EPOCH, INCARNATION, [0], hashes(1), "pigeon")
 
 
 # What arrives wrong.
@@ -279,7 +272,8 @@ async def test_parts_overlapping_within_a_block_are_refused() -> None:
             )
             for offset in (0, 600, 512):
                 payload = ends.source.read([0])[offset : offset + 512]
-                yield pb.PushRequest(part=pb.KVPart(offset_bytes=offset, crc32c=crc32c([payload]), payload=payload))
+                part = pb.KVPart(offset_bytes=offset, crc32c=crc32c([payload]), block_hash=hash_of(0), payload=payload)
+                yield pb.PushRequest(part=part)
 
         async with grpc.aio.insecure_channel(incoming.grant.address) as channel:
             call = kv_transfer_pb2_grpc.KVTransferStub(channel).Push(parts())
@@ -390,7 +384,7 @@ async def test_a_sender_that_closes_unfinished_aborts(transport: str) -> None:
     async with endpoints(transport, 2, KIB) as ends, aclosing(ends.expect(range(2))) as incoming:
         sender = ends.sender(incoming.grant)
         await sender.open()
-        await sender.send(0, [0, 1])
+        await sender.send(0, [0, 1], hashes(2))
         async with asyncio.timeout(PATIENCE_S):
             # Over gRPC a call that is cancelled at once may never reach the receiver, which then has nothing to end.
             while not any(ends.target.view(0)):
@@ -416,7 +410,7 @@ async def test_a_closed_sender_reads_no_more(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(ends.source, "view", slow_view)
         sender = ends.sender(incoming.grant)
         await sender.open()
-        sending = asyncio.create_task(sender.send(0, range(8)))
+        sending = asyncio.create_task(sender.send(0, range(8), hashes(8)))
         while not reading.is_set():
             await asyncio.sleep(0.01)
         sending.cancel()
@@ -500,7 +494,7 @@ async def test_connecting_to_silence_can_be_cancelled_at_once() -> None:
 
 
 async def test_silence_within_a_part_is_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_connection, "SILENCE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection, "SILENCE_TIMEOUT_S", 0.2)
     async with (
         endpoints("tcp", 8, MIB) as ends,
         aclosing(ends.expect(range(8))) as incoming,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from engine.api import EngineRequest
 from engine.config import EngineConfig
 from engine.local_engine import LocalEngine
+from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.sampling import SamplingParams
 from tests.mesh import Mesh
 from tests.tiny_models import EOS_TOKEN_ID, SHAPES, VOCAB_SIZE, make_tiny_model
@@ -69,7 +70,7 @@ async def test_smollm2_disaggregated_equals_aggregated_equals_transformers(smoll
 async def _check_equal_tokens(
     model: Path, reference: torch.nn.Module, prompts: Sequence[tuple[int, ...]], eos_token_id: int = EOS_TOKEN_ID
 ) -> None:
-    """Every prompt, greedy and seeded, gets the same tokens in one engine, over grpc and over tcp."""
+    """Every prompt, greedy and seeded, gets the same tokens in one engine and over every transport."""
     greedy, seeded = (replace(sampling, stop_token_ids=(eos_token_id,)) for sampling in (GREEDY, SEEDED))
     async with running_engine(model) as engine:
         alone = {
@@ -79,7 +80,7 @@ async def _check_equal_tokens(
     for prompt, tokens in zip(prompts, alone[greedy], strict=True):
         assert tokens == _transformers_greedy(reference, prompt), f"prompt of {len(prompt)} tokens"
     short = {"short_prefill_tokens": 1}
-    for transport in ("grpc", "tcp"):
+    for transport in TRANSPORTS:
         async with Mesh(model, transports=transport, decode=short, router=short) as mesh:
             for sampling, expected in alone.items():
                 for prompt, tokens in zip(prompts, expected, strict=True):

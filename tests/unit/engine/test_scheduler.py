@@ -10,6 +10,7 @@ from engine.request import Request, RequestStatus
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.step import PrefillChunk
 from pdmesh.errors import InternalError
+from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import FinishReason
 from tests.fake_model import fake_next, fake_output
@@ -282,13 +283,14 @@ def test_held_request_tells_progress_and_keeps_its_blocks_until_released() -> No
     # Before its first step: what the cache had.
     plan = scheduler.schedule()
     blocks = tuple(held.block_table)
-    assert plan.outputs == [StepOutput(held, PrefillUpdate(4, 4, blocks[:1]), last=False)]
+    hashes = tuple(block_hashes(range(14), 4, root_hash()))
+    assert plan.outputs == [StepOutput(held, PrefillUpdate(4, 4, blocks[:1], hashes[:1]), last=False)]
     # After each step: what was computed.
-    assert run(scheduler, plan) == [StepOutput(held, PrefillUpdate(4, 12, blocks[:3]), last=False)]
+    assert run(scheduler, plan) == [StepOutput(held, PrefillUpdate(4, 12, blocks[:3], hashes), last=False)]
     # After the last step: the token.
     [output] = run(scheduler, scheduler.schedule())
     token = TokenOutput(0, (fake_next(range(14)),), num_cached_tokens=4)
-    assert output == StepOutput(held, PrefillUpdate(4, 14, blocks, token), last=True)
+    assert output == StepOutput(held, PrefillUpdate(4, 14, blocks, hashes, token), last=True)
 
     assert scheduler.schedule().empty
     assert scheduler.status(0).num_free_blocks == 16 - 4

@@ -9,6 +9,7 @@ from kvstore.transfer.base import crc32c
 from kvstore.transfer.grpc_transport import Part, parse_push, part_request
 from pdmesh.v1 import kv_transfer_pb2 as pb
 
+HASH = bytes(range(16))
 payloads = st.binary(max_size=300)
 
 
@@ -17,20 +18,21 @@ payloads = st.binary(max_size=300)
 @example(3, 262144, bytes(262144))
 def test_a_part_is_written_as_protobuf_writes_it(block_index: int, offset_bytes: int, payload: bytes) -> None:
     crc = crc32c([payload])
-    part = pb.KVPart(block_index=block_index, offset_bytes=offset_bytes, crc32c=crc, payload=payload)
-    message = pb.PushRequest.FromString(part_request(block_index, offset_bytes, memoryview(payload)))
+    part = pb.KVPart(block_index=block_index, offset_bytes=offset_bytes, crc32c=crc, block_hash=HASH, payload=payload)
+    message = pb.PushRequest.FromString(part_request(block_index, offset_bytes, HASH, memoryview(payload)))
     assert message == pb.PushRequest(part=part)
     if payload:
         expected = pb.PushRequest(part=part).SerializeToString()
-        assert part_request(block_index, offset_bytes, memoryview(payload)) == expected
+        assert part_request(block_index, offset_bytes, HASH, memoryview(payload)) == expected
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), payloads)
 def test_a_part_is_read_as_protobuf_reads_it(index: int, offset: int, crc: int, payload: bytes) -> None:
-    part = pb.KVPart(block_index=index, offset_bytes=offset, crc32c=crc, payload=payload)
+    part = pb.KVPart(block_index=index, offset_bytes=offset, crc32c=crc, block_hash=HASH, payload=payload)
     read = parse_push(pb.PushRequest(part=part).SerializeToString())
     assert isinstance(read, Part)
-    assert (read.head.block_index, read.head.offset_bytes, read.head.crc32c) == (index, offset, crc)
+    head = read.head
+    assert (head.block_index, head.offset_bytes, head.crc32c, head.block_hash) == (index, offset, crc, HASH)
     assert read.payload == payload
 
 
@@ -51,7 +53,7 @@ def test_other_messages_stay_messages() -> None:
 
 @given(st.binary(max_size=60))
 @example(b"\x12")
-@example(b"\x12\x05\x22\xff\xff\xff\xff")
+@example(b"\x12\x05\x2a\xff\xff\xff\xff")
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     try:
         expected = pb.PushRequest.FromString(data)

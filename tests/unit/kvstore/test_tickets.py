@@ -1,21 +1,33 @@
 """Tickets: who may redeem them, and the books of what arrived, against a dumb model of one flag per byte."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvstore.transfer.tickets import Incoming, TicketTable, TransferState
+from kvstore.transfer.states import LEASE_S, TransferState
+from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh.errors import CorruptionError, MeshError, TicketError, UnavailableError
+from tests.kv_endpoints import hash_of, hashes
 
 BLOCK_BYTES = 12
 NUM_BLOCKS = 3
 
 
-def make_incoming(num_blocks: int = NUM_BLOCKS) -> Incoming:
-    return Incoming("request", 1, "sender", range(10, 10 + num_blocks), BLOCK_BYTES, lambda: None)
+def make_incoming(
+    num_blocks: int = NUM_BLOCKS,
+    on_end: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = lambda: 0.0,
+) -> Incoming:
+    block_ids = range(10, 10 + num_blocks)
+    return Incoming("request", 1, "sender", block_ids, hashes(num_blocks), BLOCK_BYTES, on_end, clock)
+
+
+def redeem(incoming: Incoming) -> None:
+    incoming.redeem(1, "request", "sender", nothing)
 
 
 def nothing() -> None:
@@ -29,12 +41,11 @@ class IncomingAgainstBytes(RuleBasedStateMachine):
     def begin(self) -> None:
         self.num_ends = 0
         self.num_stops = 0
-        self.incoming = Incoming("request", 1, "sender", range(NUM_BLOCKS), BLOCK_BYTES, self.count_end)
-        self.incoming.begin(self.count_stop)
-        self.claimed = [[False] * BLOCK_BYTES for _ in range(NUM_BLOCKS)]
+        self.incoming = make_incoming(on_end=self.count_end)
+        self.incoming.redeem(1, "request", "sender", self.count_stop)
+        self.claimed = [False] * NUM_BLOCKS * BLOCK_BYTES
         self.num_arrived = 0
         self.num_parts = 0
-        self.was_quiet = True
 
     def count_end(self) -> None:
         self.num_ends += 1
@@ -45,36 +56,39 @@ class IncomingAgainstBytes(RuleBasedStateMachine):
     @rule(
         index=st.integers(-1, NUM_BLOCKS),
         offset=st.integers(-1, BLOCK_BYTES),
-        num_bytes=st.integers(0, BLOCK_BYTES + 1),
+        num_bytes=st.integers(0, 2 * BLOCK_BYTES),
+        other_tokens=st.sampled_from([False, False, False, True]),
         intact=st.booleans(),
     )
-    def write(self, index: int, offset: int, num_bytes: int, intact: bool) -> None:
-        inside = index in range(NUM_BLOCKS) and offset >= 0 and num_bytes > 0 and offset + num_bytes <= BLOCK_BYTES
-        if self.incoming.state is not TransferState.TRANSFERRING:
+    def write(self, index: int, offset: int, num_bytes: int, other_tokens: bool, intact: bool) -> None:
+        begin = index * BLOCK_BYTES + offset
+        end = begin + num_bytes
+        last_block = (end - 1) // BLOCK_BYTES
+        if self.incoming.state is not TransferState.RECEIVING:
             expected = "TICKET_REVOKED"
-        elif not inside:
+        elif not 0 <= begin < end <= len(self.claimed):
             expected = "KV_OUT_OF_RANGE"
-        elif any(self.claimed[index][offset : offset + num_bytes]):
+        elif other_tokens:
+            expected = "KV_WRONG_BLOCK"
+        elif any(self.claimed[begin:end]):
             expected = "KV_DUPLICATED"
         else:
             expected = "" if intact else "KV_CORRUPTED"
+        block_hash = hash_of(max(0, last_block) + other_tokens)
         outcome = ""
         try:
-            with self.incoming.writing(index, offset, num_bytes):
-                self.claimed[index][offset : offset + num_bytes] = [True] * num_bytes
-                self.was_quiet = self.incoming.quiet
+            with self.incoming.writing(index, offset, num_bytes, block_hash):
+                self.claimed[begin:end] = [True] * num_bytes
                 if not intact:
                     raise CorruptionError("checksum")
         except MeshError as error:
             outcome = error.reason
         assert outcome == expected
         if not outcome:
-            assert not self.was_quiet
-            self.incoming.count_part()
             self.num_arrived += num_bytes
             self.num_parts += 1
 
-    @precondition(lambda self: self.incoming.state is TransferState.TRANSFERRING)
+    @precondition(lambda self: self.incoming.state is TransferState.RECEIVING)
     @rule(missing=st.integers(0, 1))
     def finish(self, missing: int) -> None:
         complete = self.num_arrived == NUM_BLOCKS * BLOCK_BYTES and not missing
@@ -99,7 +113,7 @@ class IncomingAgainstBytes(RuleBasedStateMachine):
     @invariant()
     def books_add_up(self) -> None:
         self.incoming.check_invariants()
-        assert self.incoming.quiet
+        assert self.incoming.quiet == (self.incoming.state is not TransferState.RECEIVING)
         assert self.incoming.num_bytes == self.num_arrived
         assert self.num_ends == (self.incoming.state in (TransferState.DONE, TransferState.FAILED))
 
@@ -111,13 +125,12 @@ TestIncomingAgainstBytes.settings = settings(max_examples=150, stateful_step_cou
 @given(st.permutations([(index, offset) for index in range(2) for offset in range(0, BLOCK_BYTES, 3)]))
 def test_any_order_completes_and_ranges_join(order: list[tuple[int, int]]) -> None:
     incoming = make_incoming(2)
-    incoming.begin(nothing)
+    redeem(incoming)
     for index, offset in order:
         with pytest.raises(CorruptionError, match="arrived"):
             incoming.finish(incoming.num_parts, incoming.num_bytes)
-        with incoming.writing(index, offset, 3):
+        with incoming.writing(index, offset, 3, hash_of(index)):
             pass
-        incoming.count_part()
         incoming.check_invariants()
     incoming.finish(8, 2 * BLOCK_BYTES)
     assert incoming.state is TransferState.DONE
@@ -174,9 +187,10 @@ def test_revoking_all_ends_each_with_the_reason() -> None:
     table, (first, second) = TicketTable(), (make_incoming(), make_incoming())
     for incoming in (first, second):
         table.issue(incoming)
-    reason = UnavailableError("stopping")
-    table.revoke_all(reason)
-    assert (first.error, second.error) == (reason, reason)
+    table.revoke_all(UnavailableError("stopping", reason="STOPPING"))
+    for incoming in (first, second):
+        assert isinstance(incoming.error, UnavailableError)
+        assert (incoming.error.reason, incoming.error.message) == ("STOPPING", "stopping")
     assert len(table) == 2, "whoever expects them drops them"
     table.check_invariants()
 
@@ -191,14 +205,14 @@ def test_one_of_many_redeemers_wins() -> None:
     lost: list[str] = []
     start = threading.Barrier(8)
 
-    def redeem() -> None:
+    def try_to_redeem() -> None:
         start.wait()
         try:
             won.append(table.redeem(incoming.ticket, 1, "request", "sender", nothing))
         except TicketError as error:
             lost.append(error.reason)
 
-    threads = [threading.Thread(target=redeem) for _ in range(8)]
+    threads = [threading.Thread(target=try_to_redeem) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -209,14 +223,35 @@ def test_one_of_many_redeemers_wins() -> None:
 
 def test_waiting_for_quiet_lasts_as_long_as_a_write() -> None:
     incoming = make_incoming()
-    incoming.begin(nothing)
+    redeem(incoming)
     waiting = threading.Thread(target=incoming.wait_quiet)
-    with incoming.writing(0, 0, BLOCK_BYTES):
+    with incoming.writing(0, 0, BLOCK_BYTES, hash_of(0)):
         incoming.revoke()
         waiting.start()
         waiting.join(0.05)
         assert waiting.is_alive()
     waiting.join(5.0)
     assert not waiting.is_alive()
-    with pytest.raises(TicketError), incoming.writing(1, 0, BLOCK_BYTES):
+    with pytest.raises(TicketError), incoming.writing(1, 0, BLOCK_BYTES, hash_of(1)):
         pytest.fail("a revoked ticket allowed a write")
+
+
+def test_a_sender_without_a_sign_of_life_loses_its_lease() -> None:
+    now = 100.0
+    incoming = make_incoming(clock=lambda: now)
+    redeem(incoming)
+    now += LEASE_S - 1
+    incoming.tick()
+    assert incoming.state is TransferState.RECEIVING
+    incoming.alive()
+    now += LEASE_S - 1
+    with incoming.writing(0, 0, BLOCK_BYTES, hash_of(0)):
+        pass
+    now += LEASE_S - 1
+    incoming.tick()
+    assert incoming.state is TransferState.RECEIVING, "a part is a sign of life too"
+    now += 1
+    incoming.tick()
+    assert incoming.error is not None
+    assert incoming.error.reason == "LEASE_EXPIRED"
+    assert incoming.quiet

@@ -1,18 +1,23 @@
-"""Frames of transport `tcp`: what is packed is parsed, and nothing else is."""
+"""Frames: what is packed is parsed, and nothing else is."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.transfer.tcp_wire import HEADER_BYTES, MAX_CONTROL_BYTES, Frame, FrameType, pack_nack, parse_nack
+from kvstore.transfer.frames import HEADER_BYTES, MAX_CONTROL_BYTES, Frame, FrameType, pack_nack, parse_nack
 from pdmesh.errors import CorruptionError, InternalError, MeshError, OverloadedError, TicketError, UnavailableError
 
 UINT32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.sampled_from(FrameType), UINT32, UINT32, UINT32, st.integers(0, MAX_CONTROL_BYTES))
-def test_a_header_is_read_as_it_was_written(kind: FrameType, first: int, count: int, crc: int, num_bytes: int) -> None:
-    frame = Frame(kind, first, count, crc, num_bytes)
+@given(
+    st.sampled_from(FrameType), UINT32, UINT32, UINT32, st.integers(0, MAX_CONTROL_BYTES),
+    st.binary(min_size=16, max_size=16),
+)  # fmt: skip
+def test_a_header_is_read_as_it_was_written(
+    kind: FrameType, first: int, count: int, crc: int, num_bytes: int, block_hash: bytes
+) -> None:
+    frame = Frame(kind, first, count, crc, num_bytes, block_hash)
     assert len(frame.pack()) == HEADER_BYTES
     assert Frame.parse(frame.pack()) == frame
 

@@ -1,17 +1,15 @@
-"""A TCP connection of transport `tcp`: whole frames in and out, on blocking threads, stoppable from any thread."""
+"""A connection of transport `tcp` or `shm`: whole frames in and out, on blocking threads, stoppable from any thread."""
 
-import asyncio
 import contextlib
 import select
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Sequence
 
-from kvstore.transfer.tcp_wire import HEADER_BYTES, Frame
-from pdmesh.errors import UnavailableError
+from kvstore.transfer.frames import HEADER_BYTES, Frame
 
-CONNECT_TIMEOUT_S = 5.0
 # A peer that is silent in the middle of a frame, or owes an answer, is given up after this long: the last resort, where
 # neither its death nor the control stream's end was seen. Between frames a sender may compute for as long as it takes.
 SILENCE_TIMEOUT_S = 10.0
@@ -34,12 +32,8 @@ class Connection:
         self._sock = sock
         self._closing = threading.Lock()
         sock.settimeout(SILENCE_TIMEOUT_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if sys.platform == "linux":
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            _watch_peer(sock)
 
     def poll(self, timeout_ms: int | None) -> bool:
         """Whether something can be read, the peer's goodbye included; waits for it, without end if None."""
@@ -80,6 +74,27 @@ class Connection:
             begun = True
             _advance(left, received)
         return True
+
+    def receive_descriptor(self) -> tuple[Frame | None, int | None]:
+        """The first header, and the file descriptor that came with it: the caller's to close."""
+        self.poll(None)
+        header, descriptors, _, _ = socket.recv_fds(self._sock, HEADER_BYTES, 1)
+        if not header:
+            return None, None
+        rest = bytearray(HEADER_BYTES - len(header))
+        self.receive([memoryview(rest)])
+        return Frame.parse(header + rest), descriptors[0] if descriptors else None
+
+    def send_descriptor(self, frame: bytes, descriptor: int) -> None:
+        """Sends a header and lends the peer a file."""
+        sent = socket.send_fds(self._sock, [frame], [descriptor])
+        self.send([frame[sent:]])
+
+    def peer_uid(self) -> int:
+        """User of the process at the other end of a Unix socket, as the kernel knows it."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        uid: int = struct.unpack("3i", credentials)[1]
+        return uid
 
     def send(self, pieces: Sequence[memoryview | bytes]) -> None:
         """Sends `pieces`, end to end."""
@@ -123,23 +138,10 @@ def _advance(pieces: list[memoryview], count: int) -> None:
         pieces[0] = pieces[0][count:]
 
 
-async def connect(address: str) -> Connection:
-    """A new connection to `address`, host:port. Raises UnavailableError."""
-    host, _, port = address.rpartition(":")
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            infos = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-            family, kind, protocol, _, target = infos[0]
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.setblocking(False)
-                await loop.sock_connect(sock, target)
-                return Connection(sock)
-            except BaseException:
-                sock.close()
-                raise
-    except (OSError, TimeoutError) as error:
-        raise UnavailableError(
-            f"cannot reach {address} for KV: {str(error) or 'no answer'}", reason="RECEIVER_LOST", stage="transfer"
-        ) from error
+def _watch_peer(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)

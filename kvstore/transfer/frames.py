@@ -1,7 +1,10 @@
-"""Frames of transport `tcp`: a fixed header, then a body. Parsing only, no I/O.
+"""Frames of the transports `tcp` and `shm`: a fixed header, then a body. Parsing only, no I/O.
 
-    sender -> receiver   OPEN    body: PushOpen, serialized
-                         PART    first, count: blocks by their place in the ticket; body: their bytes, block by block
+    sender -> receiver   MEMORY  num_bytes: of the memory whose descriptor comes with it (shm: once, first; no body)
+                         OPEN    body: PushOpen, serialized
+                         PART    first, count: blocks by their place in the ticket; block_hash: of the last of them;
+                                 crc32c: of their bytes, end to end; body: these bytes (tcp), or where each block
+                                 begins in the sender's memory, 8 bytes a block (shm)
                          FINISH  count: parts sent; num_bytes: of all parts (no body)
     receiver -> sender   ACK     count and num_bytes: of the parts so far, all verified (no body); after OPEN and FINISH
                          NACK    body: class name of the error, its reason, its message, by newlines
@@ -15,12 +18,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from pdmesh.errors import CorruptionError, MeshError, OverloadedError, TicketError, UnavailableError
+from pdmesh.hashing import HASH_BYTES
 
 MAGIC = 0x564B4450  # "PDKV"
-VERSION = 1
+VERSION = 2
 MAX_CONTROL_BYTES = 4096
 
-_HEADER = struct.Struct("<IBBxxIIIQ")
+_HEADER = struct.Struct("<IBBxxIIIQ16s")
 HEADER_BYTES = _HEADER.size
 
 
@@ -30,25 +34,29 @@ class FrameType(IntEnum):
     FINISH = 3
     ACK = 4
     NACK = 5
+    MEMORY = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A header. `num_bytes` is the body's length, except in FINISH and ACK, which have none."""
+    """A header. `num_bytes` is the body's length, except in FINISH, ACK and MEMORY, which have none."""
 
     type: FrameType
     first: int = 0
     count: int = 0
     crc32c: int = 0
     num_bytes: int = 0
+    block_hash: bytes = bytes(HASH_BYTES)
 
     def pack(self) -> bytes:
-        return _HEADER.pack(MAGIC, VERSION, self.type, self.first, self.count, self.crc32c, self.num_bytes)
+        return _HEADER.pack(
+            MAGIC, VERSION, self.type, self.first, self.count, self.crc32c, self.num_bytes, self.block_hash
+        )
 
     @classmethod
     def parse(cls, header: bytes | bytearray | memoryview) -> "Frame":
         """Raises CorruptionError for what is no frame of ours, or has a body larger than its type allows."""
-        magic, version, kind, first, count, crc, num_bytes = _HEADER.unpack(header)
+        magic, version, kind, first, count, crc, num_bytes, block_hash = _HEADER.unpack(header)
         if magic != MAGIC or version != VERSION:
             raise CorruptionError(
                 f"not a KV transfer of version {VERSION}: header {bytes(header[:8]).hex()}",
@@ -56,7 +64,7 @@ class Frame:
                 stage="transfer",
             )
         try:
-            frame = cls(FrameType(kind), first, count, crc, num_bytes)
+            frame = cls(FrameType(kind), first, count, crc, num_bytes, block_hash)
         except ValueError as error:
             raise CorruptionError(f"unknown frame type {kind}", reason="KV_PROTOCOL", stage="transfer") from error
         if frame.type in (FrameType.OPEN, FrameType.NACK) and num_bytes > MAX_CONTROL_BYTES:
