@@ -176,6 +176,7 @@ class Handoff:
                     report.queue_s, report.num_cached_tokens = started.queue_s, started.num_cached_tokens
                     for name, reason in started.unusable.items():
                         log.info("KV of %s does not come over %s: %s", report.worker_id, name, reason)
+                    report.transport = started.transports[0] if started.transports else ""
                     arriving.transports.set_result(list(started.transports))
                 case "first_token":
                     report.compute_s = response.first_token.compute_s
