@@ -26,7 +26,7 @@ from kvstore.transfer.receiver import ReceiverHub
 from pdmesh import status
 from pdmesh.channels import ChannelPool
 from pdmesh.errors import UnavailableError
-from pdmesh.types import TokenLogprob
+from pdmesh.types import KVSource, TokenLogprob
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
 from worker.host import WorkerHost
@@ -34,11 +34,12 @@ from worker.host import WorkerHost
 
 @dataclass(frozen=True, slots=True)
 class PrefillTarget:
-    """A prefill worker that may be asked."""
+    """A prefill worker that may be asked, and who else has more of the prompt's KV than it, best first."""
 
     worker_id: str
     incarnation: str
     address: str
+    sources: tuple[KVSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,7 @@ class Handoff:
             facts=self._engine.facts.to_pb(),
             transports=self._hub.transports,
             completion_index=request.completion_index,
+            sources=[source.to_pb() for source in target.sources],
         )
 
 

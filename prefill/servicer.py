@@ -8,7 +8,7 @@ from kvstore.transfer.base import Grant
 from kvstore.transfer.senders import choose_transport
 from pdmesh.errors import CancelledRequestError, InvalidRequestError, PreconditionError
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import PairingFacts
+from pdmesh.types import KVSource, PairingFacts
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
 from prefill.worker import Complete, Event, FirstToken, PrefillWorker, Prompt, Started
@@ -78,7 +78,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequestError(
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
-        return Prompt(start.request_id, request, start.num_held_blocks)
+        sources = tuple(KVSource.from_pb(source) for source in start.sources)
+        return Prompt(start.request_id, request, start.num_held_blocks, sources)
 
 
 async def _read_grant(requests: AsyncIterator[pb.RunRequest]) -> Grant:

@@ -20,6 +20,7 @@ from engine.api import Engine, EngineRequest, TokenOutput
 from kvstore.transfer.base import Grant, TransferStats
 from kvstore.transfer.senders import KVSenders
 from pdmesh.tasks import settled
+from pdmesh.types import KVSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,13 @@ class Prompt:
         request_id: The router's id of it, to which the ticket is bound.
         request: What to compute; its id tells attempts apart.
         num_held_blocks: Leading blocks that the decode worker has: they do not travel.
+        sources: Who else has more of the prompt's KV than this worker, best first.
     """
 
     request_id: str
     request: EngineRequest
     num_held_blocks: int
+    sources: tuple[KVSource, ...] = ()
 
 
 class PrefillWorker:
