@@ -517,7 +517,9 @@ class KVSource(_message.Message):
     address: _builtins.str
     """host:port of its gRPC server."""
     num_blocks: _builtins.int
-    """Leading blocks of the prompt that it has, in whatever tier."""
+    """Leading blocks of the prompt that it has, in whatever tier; without the one that ends with the prompt's last token,
+    which is always computed.
+    """
     def __init__(
         self,
         *,
