@@ -32,7 +32,7 @@ from pdmesh import status
 from pdmesh.channels import ChannelPool
 from pdmesh.errors import MeshError, UnavailableError
 from pdmesh.hashing import root_hash, sequence_hashes
-from pdmesh.types import TokenLogprob
+from pdmesh.types import KVSource, TokenLogprob
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
@@ -48,11 +48,12 @@ _Call = grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]
 
 @dataclass(frozen=True, slots=True)
 class PrefillTarget:
-    """A prefill worker that may be asked."""
+    """A prefill worker that may be asked, and who else has more of the prompt's KV than it, best first."""
 
     worker_id: str
     incarnation: str
     address: str
+    sources: tuple[KVSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +250,7 @@ class Handoff:
             facts=self._engine.facts.to_pb(),
             offers=[kv_pb.TransportOffer(name=offer.name, address=offer.address) for offer in self._hub.offers],
             completion_index=request.completion_index,
+            sources=[source.to_pb() for source in target.sources],
         )
 
 

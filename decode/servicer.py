@@ -7,7 +7,7 @@ from decode.handoff import PrefillTarget, Report
 from decode.worker import CompletionOutput, DecodeRequest, DecodeWorker, Event
 from pdmesh.errors import InvalidRequestError
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import finish_reason_to_pb
+from pdmesh.types import KVSource, finish_reason_to_pb
 from pdmesh.v1 import decode_pb2 as pb
 from pdmesh.v1 import decode_pb2_grpc
 from worker.host import WorkerHost
@@ -61,8 +61,13 @@ def _from_pb(message: pb.DecodeGenerateRequest) -> DecodeRequest:
         sampling=sampling,
         priority=message.priority,
         cache_salt=message.cache_salt,
-        targets=[PrefillTarget(t.worker_id, t.incarnation, t.address) for t in message.prefill_targets],
+        targets=[_target(target) for target in message.prefill_targets],
     )
+
+
+def _target(message: pb.PrefillTarget) -> PrefillTarget:
+    sources = tuple(KVSource.from_pb(source) for source in message.sources)
+    return PrefillTarget(message.worker_id, message.incarnation, message.address, sources)
 
 
 def _tokens_to_pb(completion: CompletionOutput) -> pb.DecodeGenerateResponse:

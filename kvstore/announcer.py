@@ -3,22 +3,23 @@
 One task does all writing, so what readers see is in order:
 
     heartbeat due, or kicked   -> put (registration, load)
-    blocks changed             -> append_events, at most one event per EVENT_INTERVAL_S
+    blocks changed             -> append_event, at most one event per EVENT_INTERVAL_S
     now and then, if changed   -> put_snapshot, from which new readers start
     store lost our state,
     or a write's fate unknown  -> put_snapshot, then one event, whose number makes every reader notice
 
-A failed call means an outage: nothing is written until the next heartbeat, changes collect in one set of hashes, and
-after the outage a snapshot tells all of it.
+A failed call means an outage: nothing is written until the next heartbeat, changes collect in one set of hashes
+for each tier, and after the outage a snapshot tells all of it.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from kvstore.directory import Directory, DirectoryUnavailableError, WorkerRef
+from kvstore.directory import BlockEvent, BlockSnapshot, Directory, DirectoryUnavailableError, WorkerRef
+from kvstore.tiers.base import Tier
 from pdmesh.hashing import BlockHash
 from pdmesh.types import WorkerInfo
 
@@ -43,9 +44,10 @@ class Announcer:
         self._directory = directory
         self._describe = describe
         self._heartbeat_s = heartbeat_s
-        self._hashes: set[BlockHash] = set()
-        # Net changes since the last event: whether each hash is there now. None: too many, a snapshot is due.
-        self._pending: dict[BlockHash, bool] | None = {}
+        self._held: dict[Tier, set[BlockHash]] = {tier: set() for tier in Tier}
+        # Net changes since the last event: each hash's nearest tier now, None if it is gone. If there are too many, a
+        # snapshot is due in their place.
+        self._pending: dict[BlockHash, Tier | None] | None = {}
         self._seq = 0
         self._changed_since_snapshot = False
         self._next_beat = 0.0
@@ -77,12 +79,12 @@ class Announcer:
         self._next_beat = 0.0
         self._wake.set()
 
-    def on_blocks(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash]) -> None:
-        """Takes note of what a step changed in the cache; `removed` applies before `stored`."""
-        changes = {block: False for block in removed if block in self._hashes}
-        self._hashes.difference_update(changes)
-        changes.update((block, True) for block in stored if block not in self._hashes)
-        self._hashes.update(stored)
+    def on_blocks(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash], tier: Tier = Tier.POOL) -> None:
+        """Takes note of what changed in one tier; `removed` applies before `stored`."""
+        before = {block: self._nearest(block) for block in (*removed, *stored)}
+        self._held[tier].difference_update(removed)
+        self._held[tier].update(stored)
+        changes = {block: now for block, was in before.items() if (now := self._nearest(block)) is not was}
         if not changes:
             return
         self._changed_since_snapshot = True
@@ -137,9 +139,7 @@ class Announcer:
         if self._pending:
             changes, self._pending = self._pending, {}
             self._seq += 1
-            stored = [block for block, there in changes.items() if there]
-            removed = [block for block, there in changes.items() if not there]
-            await self._directory.append_events(ref, self._seq, stored, removed)
+            await self._directory.append_event(ref, _event(self._seq, changes))
         if self._changed_since_snapshot and self._next_snapshot <= time.monotonic():
             await self._write_snapshot(ref)
 
@@ -149,9 +149,29 @@ class Announcer:
         self._seq += 2
         await self._write_snapshot(ref)
         self._seq += 1
-        await self._directory.append_events(ref, self._seq, (), ())
+        await self._directory.append_event(ref, BlockEvent(self._seq))
 
     async def _write_snapshot(self, ref: WorkerRef) -> None:
         self._changed_since_snapshot = False
         self._next_snapshot = time.monotonic() + SNAPSHOT_INTERVAL_S
-        await self._directory.put_snapshot(ref, self._seq, list(self._hashes))
+        held: dict[Tier, tuple[BlockHash, ...]] = {}
+        nearer: list[set[BlockHash]] = []
+        for tier, hashes in self._held.items():
+            if nearest_here := hashes.difference(*nearer):
+                held[tier] = tuple(nearest_here)
+            nearer.append(hashes)
+        await self._directory.put_snapshot(ref, BlockSnapshot(self._seq, held))
+
+    def _nearest(self, block: BlockHash) -> Tier | None:
+        for tier, hashes in self._held.items():
+            if block in hashes:
+                return tier
+        return None
+
+
+def _event(seq: int, changes: Mapping[BlockHash, Tier | None]) -> BlockEvent:
+    blocks: dict[Tier | None, list[BlockHash]] = {}
+    for block, tier in changes.items():
+        blocks.setdefault(tier, []).append(block)
+    removed = tuple(blocks.pop(None, ()))
+    return BlockEvent(seq, {tier: tuple(hashes) for tier, hashes in blocks.items() if tier is not None}, removed)

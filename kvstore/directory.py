@@ -7,15 +7,22 @@ that a worker wrote expires when the worker stops refreshing it.
 
 A worker's blocks are a snapshot and a stream of events after it. Events of one incarnation are numbered 1, 2, 3, …
 without gaps; a snapshot says up to which number it counts. Who sees a number missing starts again from a snapshot.
+
+A worker may hold a block in several tiers. The directory knows the nearest one only: an event says that a block lies
+there now, wherever it was before, or that the worker has it no more.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvstore.tiers.base import Tier
 from pdmesh.errors import UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import WorkerInfo
+
+# Block hashes by the nearest tier in which they lie. No hash is named twice, no tier is mapped to nothing.
+TieredBlocks = Mapping[Tier, Sequence[BlockHash]]
 
 # How long what a worker wrote outlives its last heartbeat.
 TTL_S = 3.0
@@ -55,19 +62,19 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """What changed in one worker's cache. `removed` applies before `stored`; both may be empty."""
+    """What changed in what one worker holds: where blocks lie now, and which are gone. Both may be empty."""
 
     seq: int
-    stored: tuple[BlockHash, ...] = ()
+    stored: TieredBlocks = field(default_factory=dict)
     removed: tuple[BlockHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSnapshot:
-    """Every block that a worker held after event `seq`; 0 is before the first event."""
+    """Every block that a worker held after event `seq`, and where; 0 is before the first event."""
 
     seq: int
-    hashes: tuple[BlockHash, ...] = ()
+    held: TieredBlocks = field(default_factory=dict)
 
 
 class Directory(Protocol):
@@ -92,13 +99,11 @@ class Directory(Protocol):
         """All workers that are there or have just left, at most one per worker_id, in no order."""
         ...
 
-    async def append_events(
-        self, ref: WorkerRef, seq: int, stored: Sequence[BlockHash], removed: Sequence[BlockHash]
-    ) -> None:
-        """Adds event `seq`, which must be larger than every one before it."""
+    async def append_event(self, ref: WorkerRef, event: BlockEvent) -> None:
+        """Adds an event, whose number must be larger than every one before it."""
         ...
 
-    async def put_snapshot(self, ref: WorkerRef, seq: int, hashes: Sequence[BlockHash]) -> None:
+    async def put_snapshot(self, ref: WorkerRef, snapshot: BlockSnapshot) -> None:
         """Replaces the worker's snapshot."""
         ...
 

@@ -6,7 +6,7 @@ outage, `lose_everything` a restart with empty memory.
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,7 +21,6 @@ from kvstore.directory import (
     Registration,
     WorkerRef,
 )
-from pdmesh.hashing import BlockHash
 from pdmesh.types import WorkerInfo
 
 
@@ -72,13 +71,11 @@ class MemoryDirectory:
         self._expire()
         return [registration for registration, _ in self._registrations.values()]
 
-    async def append_events(
-        self, ref: WorkerRef, seq: int, stored: Sequence[BlockHash], removed: Sequence[BlockHash]
-    ) -> None:
-        self._blocks_of(ref).events.append(BlockEvent(seq, tuple(stored), tuple(removed)))
+    async def append_event(self, ref: WorkerRef, event: BlockEvent) -> None:
+        self._blocks_of(ref).events.append(event)
 
-    async def put_snapshot(self, ref: WorkerRef, seq: int, hashes: Sequence[BlockHash]) -> None:
-        self._blocks_of(ref).snapshot = BlockSnapshot(seq, tuple(hashes))
+    async def put_snapshot(self, ref: WorkerRef, snapshot: BlockSnapshot) -> None:
+        self._blocks_of(ref).snapshot = snapshot
 
     async def events(self, after: Mapping[WorkerRef, int]) -> dict[WorkerRef, list[BlockEvent]]:
         self._expire()

@@ -4,15 +4,19 @@ Keys, all prefixed `pdmesh:{cluster}:`, all but the first expiring by themselves
 
     workers                          set of worker_ids that may have a registration
     worker:ID                        serialized pdmesh.v1.WorkerInfo; without role and state: this incarnation left
-    events:ID:INCARNATION            stream; entry id SEQ-0, fields "s" and "r": hashes stored and removed, packed
-    snapshot:ID:INCARNATION          hash; fields "seq", in decimal, and "hashes", packed: 16 bytes each, end to end
+    events:ID:INCARNATION            stream; entry id SEQ-0, fields "p", "h" and "d": hashes of blocks that lie in the
+                                     pool, in host memory, on disk now; "r": hashes of blocks that are gone
+    snapshot:ID:INCARNATION          hash; field "seq", in decimal, and fields "p", "h" and "d": hashes of all blocks
+
+Hashes are packed, 16 bytes each, end to end. Each stands in one field, that of the nearest tier; all fields are there,
+empty or not.
 
 Plain commands only: no scripts (so that an ACL may forbid them) and nothing newer than Redis 6.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,8 +35,10 @@ from kvstore.directory import (
     BlockSnapshot,
     DirectoryUnavailableError,
     Registration,
+    TieredBlocks,
     WorkerRef,
 )
+from kvstore.tiers.base import Tier
 from pdmesh.errors import ConfigError
 from pdmesh.hashing import HASH_BYTES, BlockHash
 from pdmesh.types import WorkerInfo
@@ -46,6 +52,9 @@ CALL_TIMEOUT_S = 1.0
 HEALTH_CHECK_INTERVAL_S = 5
 # Each is logged once; past this many, none.
 MAX_LOGGED_KEYS = 1000
+
+_TIER_FIELDS = {Tier.POOL: b"p", Tier.HOST: b"h", Tier.DISK: b"d"}
+_REMOVED_FIELD = b"r"
 
 
 class RedisDirectory:
@@ -121,20 +130,18 @@ class RedisDirectory:
         parsed = (self._parse_registration(key, value) for key, value in zip(keys, values, strict=True))
         return [registration for registration in parsed if registration is not None]
 
-    async def append_events(
-        self, ref: WorkerRef, seq: int, stored: Sequence[BlockHash], removed: Sequence[BlockHash]
-    ) -> None:
+    async def append_event(self, ref: WorkerRef, event: BlockEvent) -> None:
         key = self._events_key(ref)
         async with self._bounded(), self._redis.pipeline(transaction=True) as pipeline:
-            fields = {b"s": b"".join(stored), b"r": b"".join(removed)}
-            pipeline.xadd(key, fields, id=f"{seq}-0", maxlen=MAX_EVENTS, approximate=True)
+            fields = {**_pack_tiers(event.stored), _REMOVED_FIELD: b"".join(event.removed)}
+            pipeline.xadd(key, fields, id=f"{event.seq}-0", maxlen=MAX_EVENTS, approximate=True)
             pipeline.pexpire(key, self._ttl_ms)
             await pipeline.execute()
 
-    async def put_snapshot(self, ref: WorkerRef, seq: int, hashes: Sequence[BlockHash]) -> None:
+    async def put_snapshot(self, ref: WorkerRef, snapshot: BlockSnapshot) -> None:
         key = self._snapshot_key(ref)
         async with self._bounded(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.hset(key, mapping={b"seq": seq, b"hashes": b"".join(hashes)})
+            pipeline.hset(key, mapping={b"seq": snapshot.seq, **_pack_tiers(snapshot.held)})
             pipeline.pexpire(key, self._ttl_ms)
             await pipeline.execute()
 
@@ -164,7 +171,7 @@ class RedisDirectory:
         if not fields:
             return None
         try:
-            return BlockSnapshot(int(fields[b"seq"]), _unpack(fields[b"hashes"]))
+            return BlockSnapshot(int(fields[b"seq"]), _unpack_tiers(fields))
         except (KeyError, ValueError) as error:
             self._log_foreign(key, error)
             return None
@@ -234,7 +241,7 @@ class RedisDirectory:
         for entry_id, fields in answer or ():
             try:
                 seq = int(entry_id.partition(b"-")[0])
-                events.append(BlockEvent(seq, _unpack(fields[b"s"]), _unpack(fields[b"r"])))
+                events.append(BlockEvent(seq, _unpack_tiers(fields), _unpack(fields[_REMOVED_FIELD])))
             except (KeyError, ValueError) as error:
                 self._log_foreign(key, error)
                 break
@@ -244,6 +251,15 @@ class RedisDirectory:
         if key not in self._logged_keys and len(self._logged_keys) < MAX_LOGGED_KEYS:
             self._logged_keys.add(key)
             log.warning("skipping %s, which is not ours or corrupt: %r", key, error)
+
+
+def _pack_tiers(blocks: TieredBlocks) -> dict[bytes, bytes]:
+    return {name: b"".join(blocks.get(tier, ())) for tier, name in _TIER_FIELDS.items()}
+
+
+def _unpack_tiers(fields: Mapping[bytes, bytes]) -> TieredBlocks:
+    unpacked = {tier: _unpack(fields[name]) for tier, name in _TIER_FIELDS.items()}
+    return {tier: hashes for tier, hashes in unpacked.items() if hashes}
 
 
 def _unpack(packed: bytes) -> tuple[BlockHash, ...]:

@@ -7,7 +7,7 @@ gone at the next poll.
 
     each poll:  registrations -> worker_seen / worker_gone
                 snapshots of workers newly seen, or with a gap in their events -> blocks_reset
-                events of the others -> blocks_removed, blocks_stored
+                events of the others -> blocks_removed, blocks_stored, tier by tier
 """
 
 import asyncio
@@ -19,7 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvstore.directory import BlockEvent, Directory, DirectoryUnavailableError, Registration, WorkerRef
+from kvstore.directory import (
+    BlockEvent,
+    Directory,
+    DirectoryUnavailableError,
+    Registration,
+    TieredBlocks,
+    WorkerRef,
+)
+from kvstore.tiers.base import Tier
 from pdmesh.hashing import BlockHash
 from pdmesh.types import WorkerInfo
 
@@ -42,11 +50,15 @@ class WatchListener(Protocol):
         """A worker has left, vanished or been replaced; nothing more is told of this incarnation's blocks."""
         ...
 
-    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash]) -> None: ...
+    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash], tier: Tier) -> None:
+        """These blocks lie in `tier` now, wherever they were before."""
+        ...
 
-    def blocks_removed(self, worker_id: str, hashes: Sequence[BlockHash]) -> None: ...
+    def blocks_removed(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
+        """The worker has these blocks no more, in no tier."""
+        ...
 
-    def blocks_reset(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
+    def blocks_reset(self, worker_id: str, held: TieredBlocks) -> None:
         """These blocks, and no others, are what the worker holds."""
         ...
 
@@ -203,7 +215,7 @@ class Watcher:
             # One that is no later than what was told already would take back newer events.
             if snapshot is not None and snapshot.seq > worker.seq:
                 worker.seq, worker.joined = snapshot.seq, True
-                self._listener.blocks_reset(worker_id, snapshot.hashes)
+                self._listener.blocks_reset(worker_id, snapshot.held)
 
     async def _follow(self) -> None:
         joined = {WorkerRef.of(worker.info): worker for worker in self._workers.values() if worker.joined}
@@ -219,5 +231,5 @@ class Watcher:
     def _tell(self, worker_id: str, event: BlockEvent) -> None:
         if event.removed:
             self._listener.blocks_removed(worker_id, event.removed)
-        if event.stored:
-            self._listener.blocks_stored(worker_id, event.stored)
+        for tier, hashes in event.stored.items():
+            self._listener.blocks_stored(worker_id, hashes, tier)

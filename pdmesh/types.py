@@ -13,6 +13,7 @@ PROTOCOL_VERSION = 1
 class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
+    STORE = "store"
 
 
 class WorkerState(Enum):
@@ -26,7 +27,7 @@ class FinishReason(Enum):
     LENGTH = "length"
 
 
-_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE, Role.STORE: pb.ROLE_STORE}
 _STATES = {
     WorkerState.LOADING: pb.WORKER_STATE_LOADING,
     WorkerState.READY: pb.WORKER_STATE_READY,
@@ -196,3 +197,20 @@ class WorkerInfo:
             loaded_bytes=self.loaded_bytes,
             total_bytes=self.total_bytes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class KVSource:
+    """Somebody who has the KV of a prompt's first `num_blocks` blocks, or had it a moment ago; see common.proto."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+    num_blocks: int
+
+    @classmethod
+    def from_pb(cls, message: pb.KVSource) -> KVSource:
+        return cls(message.worker_id, message.incarnation, message.address, message.num_blocks)
+
+    def to_pb(self) -> pb.KVSource:
+        return pb.KVSource(**{f.name: getattr(self, f.name) for f in fields(self)})

@@ -8,7 +8,7 @@ from kvstore.transfer.base import Grant, TransportOffer
 from kvstore.transfer.states import HEARTBEAT_S
 from pdmesh.errors import InvalidRequestError, PreconditionError
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import PairingFacts
+from pdmesh.types import KVSource, PairingFacts
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
@@ -86,7 +86,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
         offers = [TransportOffer(offer.name, offer.address) for offer in start.offers]
-        return Prompt(start.request_id, request, start.num_held_blocks, offers)
+        sources = tuple(KVSource.from_pb(source) for source in start.sources)
+        return Prompt(start.request_id, request, start.num_held_blocks, offers, sources)
 
 
 async def _messages(requests: AsyncIterator[pb.RunRequest]) -> AsyncIterator[Message]:

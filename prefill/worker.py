@@ -23,6 +23,7 @@ from kvstore.transfer.senders import KVSenders, Negotiation
 from kvstore.transfer.shipment import Shipment
 from pdmesh.errors import CancelledRequestError, MeshError
 from pdmesh.hashing import BlockHash, block_hash, root_hash
+from pdmesh.types import KVSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,14 @@ class Prompt:
         request: What to compute; its id tells attempts apart.
         num_held_blocks: Leading blocks that the decode worker has: they do not travel.
         offers: Transports on which it receives the others, best first.
+        sources: Who else has more of the prompt's KV than this worker, best first.
     """
 
     request_id: str
     request: EngineRequest
     num_held_blocks: int
     offers: Sequence[TransportOffer]
+    sources: tuple[KVSource, ...] = ()
 
 
 class PrefillWorker:

@@ -131,16 +131,17 @@ class Dispatcher:
         Raises OverloadedError or UnavailableError where none is left.
         """
         num_tokens = len(request.prompt_token_ids) + num_delivered
+        cached = self._registry.cached_prefixes(request.hashes)
         ranked = rank(
             num_tokens,
-            self._registry.candidates(Role.DECODE, request.hashes),
-            self._registry.candidates(Role.PREFILL, request.hashes),
+            self._registry.candidates(Role.DECODE, cached),
+            self._registry.candidates(Role.PREFILL, cached),
             self._weights,
             self._short_prefill_tokens,
         )
         for choice in ranked:
             if choice.decode_id not in refused:
-                return self._registry.assign(choice, num_tokens)
+                return self._registry.assign(choice, num_tokens, cached)
         if not refused:
             raise UnavailableError(
                 "no decode worker takes requests now; try again when one is ready",
@@ -205,8 +206,13 @@ class _Run:
             priority=request.priority,
             cache_salt=request.cache_salt,
             prefill_targets=[
-                decode_pb2.PrefillTarget(worker_id=w.worker_id, incarnation=w.incarnation, address=w.address)
-                for w in assignment.prefill
+                decode_pb2.PrefillTarget(
+                    worker_id=place.info.worker_id,
+                    incarnation=place.info.incarnation,
+                    address=place.info.address,
+                    sources=[source.to_pb() for source in place.sources],
+                )
+                for place in assignment.prefill
             ],
             expected_incarnation=assignment.decode.incarnation,
         )

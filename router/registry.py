@@ -11,16 +11,25 @@ same: a call to the dead fails at once, and the directory may be down while the 
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore.directory import TTL_S
+from kvstore.directory import TTL_S, TieredBlocks
+from kvstore.tiers.base import Tier
 from pdmesh.hashing import BlockHash
-from pdmesh.types import ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
-from router.index import PrefixIndex
+from pdmesh.types import KVSource, ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
+from router.index import CachedPrefix, PrefixIndex
 from router.policy import Candidate, Choice
 
 log = logging.getLogger(__name__)
+
+# Others that a prefill worker is told of. The second is for when the first has gone, or has dropped the blocks.
+MAX_KV_SOURCES = 2
+
+# What workers have of one prompt, by block size and worker_id.
+CachedPrefixes = Mapping[int, Mapping[str, CachedPrefix]]
+
+_NOTHING = CachedPrefix(0, 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -106,14 +115,14 @@ class WorkerRegistry:
         self._forget(known)
         self._on_change()
 
-    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        self._index.store(worker_id, hashes)
+    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash], tier: Tier) -> None:
+        self._index.store(worker_id, hashes, tier)
 
     def blocks_removed(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
         self._index.remove(worker_id, hashes)
 
-    def blocks_reset(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        self._index.reset(worker_id, hashes)
+    def blocks_reset(self, worker_id: str, held: TieredBlocks) -> None:
+        self._index.reset(worker_id, held)
 
     # What calls find out.
 
@@ -151,26 +160,32 @@ class WorkerRegistry:
 
     def block_sizes(self) -> set[int]:
         """The block sizes by which a prompt's hashes may be asked for."""
-        return {w.info.facts.block_size for w in self._workers.values() if w.info.facts is not None}
+        takers = (w.info for w in self._workers.values() if w.info.role is not Role.STORE)
+        return {info.facts.block_size for info in takers if info.facts is not None}
 
-    def candidates(self, role: Role, hashes: dict[int, list[BlockHash]]) -> list[Candidate]:
+    def cached_prefixes(self, hashes: Mapping[int, Sequence[BlockHash]]) -> CachedPrefixes:
+        """What everybody has of a prompt, by the prompt's block hashes by block size."""
+        return {size: self._index.longest_prefixes(blocks) for size, blocks in hashes.items()}
+
+    def candidates(self, role: Role, cached: CachedPrefixes) -> list[Candidate]:
         """The workers of `role` that may be given a request now.
 
         Args:
-            hashes: The prompt's block hashes by block size; a size that is missing finds nothing cached.
+            cached: What everybody has of the prompt; at a block size that is missing, nobody has anything.
         """
-        cached = {size: self._index.longest_prefixes(blocks) for size, blocks in hashes.items()}
+        assert role is not Role.STORE, "stores take no requests"
         found = []
         for worker in self._triable(role):
             info, facts = worker.info, worker.info.facts
             if facts is None:
                 continue
             load = info.load
-            num_cached = cached.get(facts.block_size, {}).get(info.worker_id, 0)
+            prefix = cached.get(facts.block_size, {}).get(info.worker_id, _NOTHING)
             found.append(
                 Candidate(
                     worker_id=info.worker_id,
-                    cached_tokens=num_cached * facts.block_size,
+                    cached_tokens=prefix.num_blocks * facts.block_size,
+                    pool_tokens=prefix.num_pool_blocks * facts.block_size,
                     queued_tokens=max(load.num_queued_tokens + worker.tokens_since, 0),
                     num_requests=max(load.num_running + load.num_waiting + worker.requests_since, 0),
                     used_blocks=min(load.num_blocks - load.num_free_blocks + worker.blocks_since, load.num_blocks),
@@ -181,10 +196,10 @@ class WorkerRegistry:
             )
         return found
 
-    def assign(self, choice: Choice, num_tokens: int) -> "Assignment":
+    def assign(self, choice: Choice, num_tokens: int, cached: CachedPrefixes) -> "Assignment":
         """Counts a prompt of `num_tokens` up where `choice` sends it; the caller closes what this returns.
 
-        `choice` was made of candidates that this registry gave, with no await since.
+        `choice` was made of candidates that this registry gave for `cached`, with no await since.
         """
         decode = self._workers[choice.decode_id]
         prefill = [self._workers[worker_id] for worker_id in choice.prefill_ids]
@@ -193,10 +208,35 @@ class WorkerRegistry:
         self._turns += 1
         return Assignment(
             decode.info,
-            tuple(worker.info for worker in prefill),
+            tuple(PrefillPlace(worker.info, self._sources(worker.info, num_tokens, cached)) for worker in prefill),
             _Share(decode, choice.decode_tokens, blocks, self._turns),
             _Share(prefill[0], choice.prefill_tokens, blocks, self._turns) if prefill else None,
         )
+
+    def _sources(self, target: WorkerInfo, num_tokens: int, cached: CachedPrefixes) -> tuple[KVSource, ...]:
+        """Who else has a longer run of the prompt's blocks than `target`, best first.
+
+        The longest run, then stores, who have nothing else to do, then whoever has fewest requests. Whoever drains
+        takes no requests, and is as good a source as any until it leaves.
+        """
+        facts = target.facts
+        assert facts is not None, "a candidate that says nothing of itself"
+        prefixes = cached.get(facts.block_size, {})
+        num_own = prefixes.get(target.worker_id, _NOTHING).num_blocks
+        # The last token is always computed: nobody needs the block that ends with it.
+        num_wanted = (num_tokens - 1) // facts.block_size
+        found = []
+        for worker_id, prefix in prefixes.items():
+            num_blocks = min(prefix.num_blocks, num_wanted)
+            if num_blocks <= num_own:
+                continue
+            worker = self._workers[worker_id]
+            info, load = worker.info, worker.info.load
+            if info.facts == facts and not self._lost(worker):
+                num_requests = load.num_running + load.num_waiting + worker.requests_since
+                rank = (-num_blocks, info.role is not Role.STORE, num_requests, worker_id)
+                found.append((rank, KVSource(worker_id, info.incarnation, info.address, num_blocks)))
+        return tuple(source for _, source in sorted(found)[:MAX_KV_SOURCES])
 
     # For people.
 
@@ -239,6 +279,9 @@ class WorkerRegistry:
         return because
 
     def _unfit_because(self, info: WorkerInfo) -> str:
+        if info.role is Role.STORE and info.facts is not None:
+            # Also while it drains: KV is had from it to the last.
+            return ""
         if info.state is not WorkerState.READY:
             return str(info.state.value)
         if info.model is None or info.facts is None:
@@ -249,15 +292,17 @@ class WorkerRegistry:
 
     def _excluded_because(self, worker: _Worker) -> str:
         because = self._unusable_because(worker)
-        if because or worker.info.role is not Role.PREFILL or worker.info.facts is None:
+        if because or worker.info.role is Role.DECODE or worker.info.facts is None:
             return because
+        # Whom its KV goes to.
+        role = Role.DECODE if worker.info.role is Role.PREFILL else Role.PREFILL
         mismatch = ""
-        for decode in self._usable(Role.DECODE):
-            if decode.info.facts is not None:
-                mismatch = worker.info.facts.mismatch(decode.info.facts)
+        for other in self._usable(role):
+            if other.info.facts is not None:
+                mismatch = worker.info.facts.mismatch(other.info.facts)
                 if not mismatch:
                     return ""
-        return f"can pair with no decode worker: {mismatch}" if mismatch else ""
+        return f"can pair with no {role.value} worker: {mismatch}" if mismatch else ""
 
     def _partners(self, decode: WorkerInfo, facts: PairingFacts) -> frozenset[str]:
         partners = []
@@ -306,11 +351,19 @@ class _Share:
             self._worker.blocks_since -= self._blocks
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillPlace:
+    """A prefill worker that may be asked, and who else has more of the prompt, best first."""
+
+    info: WorkerInfo
+    sources: tuple[KVSource, ...]
+
+
 class Assignment:
     """A request's place on its workers. `close` gives it back; idempotent."""
 
     def __init__(
-        self, decode: WorkerInfo, prefill: tuple[WorkerInfo, ...], decode_share: _Share, prefill_share: _Share | None
+        self, decode: WorkerInfo, prefill: tuple[PrefillPlace, ...], decode_share: _Share, prefill_share: _Share | None
     ) -> None:
         self.decode = decode
         self.prefill = prefill

@@ -8,10 +8,12 @@ from typing import Protocol
 from kvstore.announcer import Announcer
 from kvstore.directory import (
     Directory,
+    TieredBlocks,
     WorkerRef,
 )
 from kvstore.memory_directory import MemoryDirectory
 from kvstore.redis_directory import RedisDirectory
+from kvstore.tiers.base import Tier
 from kvstore.watcher import Watcher
 from pdmesh.hashing import BlockHash
 from pdmesh.types import Load, ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
@@ -35,6 +37,10 @@ def block(number: int) -> BlockHash:
 
 def blocks(*numbers: int) -> tuple[BlockHash, ...]:
     return tuple(block(number) for number in numbers)
+
+
+def pool(*numbers: int) -> TieredBlocks:
+    return {Tier.POOL: blocks(*numbers)}
 
 
 class Store(Protocol):
@@ -82,29 +88,35 @@ class View:
     def __init__(self) -> None:
         self.workers: dict[str, WorkerInfo] = {}
         self.seen: list[WorkerInfo] = []
-        self.blocks: dict[str, set[BlockHash]] = {}
+        self.tiers: dict[str, dict[BlockHash, Tier]] = {}
         self.gone: list[tuple[str, str]] = []
         self.num_resets = 0
+
+    @property
+    def blocks(self) -> dict[str, set[BlockHash]]:
+        """Each worker's blocks, wherever they lie."""
+        return {worker_id: set(tiers) for worker_id, tiers in self.tiers.items()}
 
     def worker_seen(self, info: WorkerInfo) -> None:
         self.workers[info.worker_id] = info
         self.seen.append(info)
-        self.blocks.setdefault(info.worker_id, set())
+        self.tiers.setdefault(info.worker_id, {})
 
     def worker_gone(self, worker_id: str, incarnation: str, reason: str) -> None:
         assert self.workers.pop(worker_id).incarnation == incarnation
         assert reason
-        del self.blocks[worker_id]
+        del self.tiers[worker_id]
         self.gone.append((worker_id, incarnation))
 
-    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        self.blocks[worker_id].update(hashes)
+    def blocks_stored(self, worker_id: str, hashes: Sequence[BlockHash], tier: Tier) -> None:
+        self.tiers[worker_id].update(dict.fromkeys(hashes, tier))
 
     def blocks_removed(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        self.blocks[worker_id].difference_update(hashes)
+        for block in hashes:
+            self.tiers[worker_id].pop(block, None)
 
-    def blocks_reset(self, worker_id: str, hashes: Sequence[BlockHash]) -> None:
-        self.blocks[worker_id] = set(hashes)
+    def blocks_reset(self, worker_id: str, held: TieredBlocks) -> None:
+        self.tiers[worker_id] = {block: tier for tier, hashes in held.items() for block in hashes}
         self.num_resets += 1
 
 

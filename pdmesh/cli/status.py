@@ -16,7 +16,7 @@ from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.client import Client
 from pdmesh.cluster_view import ServerInfo, WorkerView
 from pdmesh.config import option, parse
-from pdmesh.types import WorkerState
+from pdmesh.types import Role, WorkerState
 
 _WATCH_S = 1.0
 
@@ -70,17 +70,19 @@ def _table(workers: Sequence[WorkerView]) -> Table:
     table = plain_table("worker", "role", "state", "address", "model", "running", "waiting", "free blocks", "seen", "")
     for view in sorted(workers, key=lambda view: (view.info.role.value, view.info.worker_id)):
         info, load = view.info, view.info.load
+        is_store = info.role is Role.STORE
+        lacking = "no KV from it" if is_store else "no requests"
         table.add_row(
             info.worker_id,
             info.role.value,
             _state(view),
             info.address,
             info.model.name if info.model else "",
-            str(load.num_running),
-            str(load.num_waiting),
+            "" if is_store else str(load.num_running),
+            "" if is_store else str(load.num_waiting),
             f"{load.num_free_blocks} of {load.num_blocks}" if load.num_blocks else "",
             f"{view.age_s:.1f} s ago",
-            Text(f"no requests: {view.excluded_because}" if view.excluded_because else "", "yellow"),
+            Text(f"{lacking}: {view.excluded_because}" if view.excluded_because else "", "yellow"),
         )
     return table
 

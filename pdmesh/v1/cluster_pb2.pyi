@@ -67,7 +67,7 @@ class WorkerView(_message.Message):
     num_assigned: _builtins.int
     """Requests that this router has there now."""
     excluded_because: _builtins.str
-    """Why no request goes there; empty if it takes requests."""
+    """Why no request goes there, and of a store, why it is no source of KV; empty if none of this is so."""
     @_builtins.property
     def info(self) -> _common_pb2.WorkerInfo: ...
     def __init__(

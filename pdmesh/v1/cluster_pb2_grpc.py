@@ -145,7 +145,7 @@ class Cluster:
 
 
 class WorkerStub:
-    """Served by each prefill and decode worker.
+    """Served by each prefill and decode worker, and by stores.
     """
 
     def __init__(self, channel):
@@ -167,7 +167,7 @@ class WorkerStub:
 
 
 class WorkerServicer:
-    """Served by each prefill and decode worker.
+    """Served by each prefill and decode worker, and by stores.
     """
 
     def GetStatus(self, request, context):
@@ -204,7 +204,7 @@ def add_WorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Worker:
-    """Served by each prefill and decode worker.
+    """Served by each prefill and decode worker, and by stores.
     """
 
     @staticmethod

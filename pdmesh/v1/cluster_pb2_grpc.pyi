@@ -67,7 +67,7 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class WorkerStub:
-    """Served by each prefill and decode worker."""
+    """Served by each prefill and decode worker, and by stores."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -78,14 +78,14 @@ class WorkerStub:
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
-    """Served by each prefill and decode worker."""
+    """Served by each prefill and decode worker, and by stores."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
-    """Served by each prefill and decode worker."""
+    """Served by each prefill and decode worker, and by stores."""
 
     @_abc_1.abstractmethod
     def GetStatus(

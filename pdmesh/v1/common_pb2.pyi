@@ -57,6 +57,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     ROLE_PREFILL: _Role.ValueType  # 1
     ROLE_DECODE: _Role.ValueType  # 2
+    ROLE_STORE: _Role.ValueType  # 3
+    """Holds KV blocks for everyone, computes nothing and takes no requests."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """What a worker does."""
@@ -64,6 +66,8 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 ROLE_PREFILL: Role.ValueType  # 1
 ROLE_DECODE: Role.ValueType  # 2
+ROLE_STORE: Role.ValueType  # 3
+"""Holds KV blocks for everyone, computes nothing and takes no requests."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _WorkerState:
@@ -495,3 +499,39 @@ class WorkerInfo(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerInfo: _TypeAlias = WorkerInfo  # noqa: Y015
+
+@_typing.final
+class KVSource(_message.Message):
+    """Somebody from whom the KV of a prompt's beginning can be had: a worker of any role, or a store. A hint: it may have
+    dropped the blocks since, or be gone.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.str
+    address: _builtins.str
+    """host:port of its gRPC server."""
+    num_blocks: _builtins.int
+    """Leading blocks of the prompt that it has, in whatever tier; without the one that ends with the prompt's last token,
+    which is always computed.
+    """
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        address: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KVSource: _TypeAlias = KVSource  # noqa: Y015

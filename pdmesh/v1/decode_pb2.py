@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pdmesh.v1 import common_pb2 as pdmesh_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pdmesh/v1/decode.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\"\xa9\x02\n\x15\x44\x65\x63odeGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12&\n\x06resume\x18\x04 \x03(\x0b\x32\x16.pdmesh.v1.ResumePoint\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x31\n\x0fprefill_targets\x18\x08 \x03(\x0b\x32\x18.pdmesh.v1.PrefillTarget\x12\x1c\n\x14\x65xpected_incarnation\x18\t \x01(\t\"H\n\x0bResumePoint\x12\r\n\x05index\x18\x01 \x01(\r\x12\x18\n\x10output_token_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"H\n\rPrefillTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\xa8\x01\n\x16\x44\x65\x63odeGenerateResponse\x12)\n\x06tokens\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.DecodeTokensH\x00\x12-\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x19.pdmesh.v1.DecodeFinishedH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.pdmesh.v1.PrefillReportH\x00\x42\x07\n\x05\x65vent\"\xbf\x01\n\x0c\x44\x65\x63odeTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"\x83\x01\n\x0e\x44\x65\x63odeFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.pdmesh.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_matched_token_id\"\xac\x01\n\rPrefillReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12+\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x19.pdmesh.v1.PrefillFailure\"M\n\x0ePrefillFailure\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bunreachable\x18\x03 \x01(\x08\x32[\n\x06\x44\x65\x63ode\x12Q\n\x08Generate\x12 .pdmesh.v1.DecodeGenerateRequest\x1a!.pdmesh.v1.DecodeGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16pdmesh/v1/decode.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\"\xa9\x02\n\x15\x44\x65\x63odeGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12&\n\x06resume\x18\x04 \x03(\x0b\x32\x16.pdmesh.v1.ResumePoint\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x31\n\x0fprefill_targets\x18\x08 \x03(\x0b\x32\x18.pdmesh.v1.PrefillTarget\x12\x1c\n\x14\x65xpected_incarnation\x18\t \x01(\t\"H\n\x0bResumePoint\x12\r\n\x05index\x18\x01 \x01(\r\x12\x18\n\x10output_token_ids\x18\x02 \x03(\r\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\"n\n\rPrefillTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x07sources\x18\x04 \x03(\x0b\x32\x13.pdmesh.v1.KVSource\"\xa8\x01\n\x16\x44\x65\x63odeGenerateResponse\x12)\n\x06tokens\x18\x01 \x01(\x0b\x32\x17.pdmesh.v1.DecodeTokensH\x00\x12-\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x19.pdmesh.v1.DecodeFinishedH\x00\x12+\n\x07prefill\x18\x03 \x01(\x0b\x32\x18.pdmesh.v1.PrefillReportH\x00\x42\x07\n\x05\x65vent\"\xbf\x01\n\x0c\x44\x65\x63odeTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x19\n\x11\x66irst_token_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\"\x83\x01\n\x0e\x44\x65\x63odeFinished\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x17.pdmesh.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_matched_token_id\"\xac\x01\n\rPrefillReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12+\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x19.pdmesh.v1.PrefillFailure\"M\n\x0ePrefillFailure\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x13\n\x0bunreachable\x18\x03 \x01(\x08\x32[\n\x06\x44\x65\x63ode\x12Q\n\x08Generate\x12 .pdmesh.v1.DecodeGenerateRequest\x1a!.pdmesh.v1.DecodeGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMEPOINT']._serialized_start=361
   _globals['_RESUMEPOINT']._serialized_end=433
   _globals['_PREFILLTARGET']._serialized_start=435
-  _globals['_PREFILLTARGET']._serialized_end=507
-  _globals['_DECODEGENERATERESPONSE']._serialized_start=510
-  _globals['_DECODEGENERATERESPONSE']._serialized_end=678
-  _globals['_DECODETOKENS']._serialized_start=681
-  _globals['_DECODETOKENS']._serialized_end=872
-  _globals['_DECODEFINISHED']._serialized_start=875
-  _globals['_DECODEFINISHED']._serialized_end=1006
-  _globals['_PREFILLREPORT']._serialized_start=1009
-  _globals['_PREFILLREPORT']._serialized_end=1181
-  _globals['_PREFILLFAILURE']._serialized_start=1183
-  _globals['_PREFILLFAILURE']._serialized_end=1260
-  _globals['_DECODE']._serialized_start=1262
-  _globals['_DECODE']._serialized_end=1353
+  _globals['_PREFILLTARGET']._serialized_end=545
+  _globals['_DECODEGENERATERESPONSE']._serialized_start=548
+  _globals['_DECODEGENERATERESPONSE']._serialized_end=716
+  _globals['_DECODETOKENS']._serialized_start=719
+  _globals['_DECODETOKENS']._serialized_end=910
+  _globals['_DECODEFINISHED']._serialized_start=913
+  _globals['_DECODEFINISHED']._serialized_end=1044
+  _globals['_PREFILLREPORT']._serialized_start=1047
+  _globals['_PREFILLREPORT']._serialized_end=1219
+  _globals['_PREFILLFAILURE']._serialized_start=1221
+  _globals['_PREFILLFAILURE']._serialized_end=1298
+  _globals['_DECODE']._serialized_start=1300
+  _globals['_DECODE']._serialized_end=1391
 # @@protoc_insertion_point(module_scope)

@@ -68,6 +68,7 @@ class RunStart(_message.Message):
     FACTS_FIELD_NUMBER: _builtins.int
     OFFERS_FIELD_NUMBER: _builtins.int
     COMPLETION_INDEX_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the hand-offs of this request: the epoch of its KV."""
@@ -97,6 +98,10 @@ class RunStart(_message.Message):
     def offers(self) -> _containers.RepeatedCompositeFieldContainer[_kv_transfer_pb2.TransportOffer]:
         """What the decode worker can receive on, best first."""
 
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KVSource]:
+        """Who else has a longer run of the prompt's blocks than this worker, best first; all can pair with it."""
+
     def __init__(
         self,
         *,
@@ -114,10 +119,11 @@ class RunStart(_message.Message):
         facts: _common_pb2.PairingFacts | None = ...,
         offers: _abc.Iterable[_kv_transfer_pb2.TransportOffer] | None = ...,
         completion_index: _builtins.int = ...,
+        sources: _abc.Iterable[_common_pb2.KVSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "offers", b"offers", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "offers", b"offers", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,6 +23,7 @@ from kvstore.directory import (
     WorkerRef,
 )
 from kvstore.redis_directory import RedisDirectory
+from kvstore.tiers.base import Tier
 from pdmesh.errors import ConfigError
 from pdmesh.types import Load, Role, WorkerInfo, WorkerState
 from tests.directory_stores import (
@@ -32,7 +33,9 @@ from tests.directory_stores import (
     WORKER,
     Store,
     View,
+    block,
     blocks,
+    pool,
     watching,
 )
 from tests.valkey import ValkeyServer
@@ -48,6 +51,12 @@ async def test_a_registration_is_read_as_it_was_written(directory: Directory) ->
     assert found == [Registration(WorkerRef.of(loading), loading), Registration(REF, WORKER)]
 
 
+async def test_a_store_registers_like_a_worker(directory: Directory) -> None:
+    store = replace(WORKER, worker_id="store-0", role=Role.STORE, model=None)
+    await directory.put(store)
+    assert await directory.registrations() == [Registration(WorkerRef.of(store), store)]
+
+
 async def test_the_latest_heartbeat_counts(directory: Directory) -> None:
     await directory.put(WORKER)
     busy = replace(WORKER, load=Load(num_running=9), state=WorkerState.DRAINING)
@@ -57,7 +66,7 @@ async def test_the_latest_heartbeat_counts(directory: Directory) -> None:
 
 async def test_removal_is_told(directory: Directory) -> None:
     await directory.put(WORKER)
-    await directory.put_snapshot(REF, 0, blocks(1))
+    await directory.put_snapshot(REF, BlockSnapshot(0, pool(1)))
     await directory.remove(REF)
     assert await directory.registrations() == [Registration(REF, None)]
     assert await directory.snapshot(REF) is None
@@ -75,8 +84,8 @@ async def test_everything_of_a_silent_worker_expires(store: Store) -> None:
     directory = store.directory(ttl_s=0.3)
     try:
         await directory.put(WORKER)
-        await directory.put_snapshot(REF, 1, blocks(1))
-        await directory.append_events(REF, 2, blocks(2), ())
+        await directory.put_snapshot(REF, BlockSnapshot(1, pool(1)))
+        await directory.append_event(REF, BlockEvent(2, pool(2)))
         assert await directory.registrations()
         async with asyncio.timeout(PATIENCE_S):
             while await directory.registrations() or await directory.snapshot(REF) or await directory.events({REF: 0}):
@@ -92,8 +101,8 @@ async def test_an_outage_is_one_error(store: Store, directory: Directory) -> Non
         lambda: directory.put(WORKER),
         lambda: directory.remove(REF),
         lambda: directory.registrations(),
-        lambda: directory.append_events(REF, 1, (), ()),
-        lambda: directory.put_snapshot(REF, 1, ()),
+        lambda: directory.append_event(REF, BlockEvent(1)),
+        lambda: directory.put_snapshot(REF, BlockSnapshot(1)),
         lambda: directory.events({REF: 0}),
         lambda: directory.snapshot(REF),
     ):
@@ -110,7 +119,7 @@ async def test_an_outage_is_one_error(store: Store, directory: Directory) -> Non
 
 async def test_a_heartbeat_says_whether_the_snapshot_is_there(store: Store, directory: Directory) -> None:
     assert await directory.put(WORKER) is False
-    await directory.put_snapshot(REF, 0, ())
+    await directory.put_snapshot(REF, BlockSnapshot(0))
     assert await directory.put(WORKER) is True
     assert await directory.put(replace(WORKER, incarnation="a2")) is False
     store.go_down()
@@ -122,11 +131,12 @@ async def test_a_heartbeat_says_whether_the_snapshot_is_there(store: Store, dire
 
 async def test_events_are_read_in_order_from_where_one_left_off(directory: Directory) -> None:
     other = WorkerRef("decode-0", "b1")
-    await directory.append_events(REF, 1, blocks(1, 2), ())
-    await directory.append_events(REF, 2, blocks(3), blocks(1))
-    await directory.append_events(other, 7, (), blocks(9))
-    first, second = BlockEvent(1, blocks(1, 2)), BlockEvent(2, blocks(3), blocks(1))
-    assert await directory.events({REF: 0, other: 6}) == {REF: [first, second], other: [BlockEvent(7, (), blocks(9))]}
+    stored = {Tier.POOL: blocks(3), Tier.HOST: blocks(2, 4), Tier.DISK: blocks(5)}
+    first, second, third = BlockEvent(1, pool(1, 2)), BlockEvent(2, stored, blocks(1)), BlockEvent(7, {}, blocks(9))
+    await directory.append_event(REF, first)
+    await directory.append_event(REF, second)
+    await directory.append_event(other, third)
+    assert await directory.events({REF: 0, other: 6}) == {REF: [first, second], other: [third]}
     assert await directory.events({REF: 1, other: 7}) == {REF: [second]}
     assert await directory.events({REF: 2}) == {}
     assert await directory.events({WorkerRef("prefill-0", "a2"): 0}) == {}
@@ -136,7 +146,7 @@ async def test_events_are_read_in_order_from_where_one_left_off(directory: Direc
 async def test_a_read_is_bounded_and_old_events_go(directory: Directory) -> None:
     num_events = 2 * MAX_EVENTS
     for seq in range(1, num_events + 1):
-        await directory.append_events(REF, seq, blocks(seq), ())
+        await directory.append_event(REF, BlockEvent(seq, pool(seq)))
     found = (await directory.events({REF: 0}))[REF]
     assert len(found) == MAX_EVENTS_PER_READ
     assert found[0].seq > 1, "the oldest are gone, and the reader can see it"
@@ -146,10 +156,12 @@ async def test_a_read_is_bounded_and_old_events_go(directory: Directory) -> None
 
 async def test_the_latest_snapshot_counts(directory: Directory) -> None:
     assert await directory.snapshot(REF) is None
-    await directory.put_snapshot(REF, 4, blocks(1, 2))
-    await directory.put_snapshot(REF, 6, blocks(3))
-    assert await directory.snapshot(REF) == BlockSnapshot(6, blocks(3))
-    await directory.put_snapshot(REF, 7, ())
+    tiered = BlockSnapshot(4, {Tier.POOL: blocks(1, 2), Tier.HOST: blocks(4), Tier.DISK: blocks(5, 6)})
+    await directory.put_snapshot(REF, tiered)
+    assert await directory.snapshot(REF) == tiered
+    await directory.put_snapshot(REF, BlockSnapshot(6, {Tier.HOST: blocks(3)}))
+    assert await directory.snapshot(REF) == BlockSnapshot(6, {Tier.HOST: blocks(3)})
+    await directory.put_snapshot(REF, BlockSnapshot(7))
     assert await directory.snapshot(REF) == BlockSnapshot(7)
 
 
@@ -186,7 +198,7 @@ async def test_foreign_and_corrupt_values_are_skipped_with_one_line(
     future_role.worker_id = "future"
     future_role.role = 99  # type: ignore[assignment]
     await directory.put(WORKER)
-    await directory.append_events(REF, 1, blocks(1), ())
+    await directory.append_event(REF, BlockEvent(1, pool(1)))
     await redis.sadd(f"{prefix}workers", "garbage", "list", "renamed", "future", b"\xff\xfe")
     await redis.set(f"{prefix}worker:garbage", b"\xff\x00 not a protobuf")
     await redis.rpush(f"{prefix}worker:list", "a")
@@ -199,7 +211,7 @@ async def test_foreign_and_corrupt_values_are_skipped_with_one_line(
     await redis.set(f"{prefix}snapshot:odd:o1", "a string")
     for _ in range(3):
         assert await directory.registrations() == [Registration(REF, WORKER)]
-        assert await directory.events({REF: 0, odd: 0}) == {REF: [BlockEvent(1, blocks(1))]}
+        assert await directory.events({REF: 0, odd: 0}) == {REF: [BlockEvent(1, pool(1))]}
         assert await directory.snapshot(REF) is None
         assert await directory.snapshot(odd) is None
     skipped = [record.message.split()[1].rstrip(",") for record in caplog.records if "skipping" in record.message]
@@ -214,8 +226,8 @@ async def test_nothing_of_a_killed_worker_stays_in_redis(valkey: ValkeyServer) -
     directory = RedisDirectory(valkey.url, CLUSTER, ttl_s=0.3)
     redis = Redis.from_url(valkey.url)
     await directory.put(WORKER)
-    await directory.put_snapshot(REF, 0, blocks(1))
-    await directory.append_events(REF, 1, blocks(2), ())
+    await directory.put_snapshot(REF, BlockSnapshot(0, pool(1)))
+    await directory.append_event(REF, BlockEvent(1, pool(2)))
     keys = sorted(map(_text, await redis.keys()))
     assert len(keys) == 4
     for key in keys:
@@ -224,6 +236,20 @@ async def test_nothing_of_a_killed_worker_stays_in_redis(valkey: ValkeyServer) -
     async with watching(directory, View()), asyncio.timeout(PATIENCE_S):
         while await redis.keys():
             await asyncio.sleep(0.02)
+    await redis.aclose()
+    await directory.aclose()
+
+
+async def test_a_hash_takes_sixteen_bytes_whatever_its_tier(valkey: ValkeyServer) -> None:
+    """Against the raw keys: what the module says of them is what other programs read."""
+    directory, redis = RedisDirectory(valkey.url, CLUSTER), Redis.from_url(valkey.url)
+    held = {Tier.POOL: blocks(1, 2), Tier.DISK: blocks(3)}
+    await directory.put_snapshot(REF, BlockSnapshot(5, held))
+    await directory.append_event(REF, BlockEvent(6, held, blocks(4)))
+    packed = {b"p": block(1) + block(2), b"h": b"", b"d": block(3)}
+    assert await redis.hgetall(f"pdmesh:{CLUSTER}:snapshot:prefill-0:a1") == {b"seq": b"5", **packed}
+    entries = await redis.xrange(f"pdmesh:{CLUSTER}:events:prefill-0:a1")
+    assert entries == [(b"6-0", {**packed, b"r": block(4)})]
     await redis.aclose()
     await directory.aclose()
 

@@ -9,11 +9,14 @@ import pytest
 
 from kvstore.announcer import MAX_EVENT_HASHES, Announcer
 from kvstore.directory import (
+    BlockEvent,
+    BlockSnapshot,
     Directory,
     DirectoryUnavailableError,
 )
 from kvstore.memory_directory import MemoryDirectory
 from kvstore.redis_directory import RedisDirectory
+from kvstore.tiers.base import Tier
 from kvstore.watcher import Watcher
 from pdmesh.hashing import BlockHash
 from pdmesh.types import Load, WorkerState
@@ -29,6 +32,7 @@ from tests.directory_stores import (
     block,
     blocks,
     eventually,
+    pool,
     watching,
 )
 from tests.valkey import ValkeyServer
@@ -100,7 +104,7 @@ async def test_a_new_incarnation_replaces_the_old_for_good(directory: Directory)
     watcher = Watcher(directory, view, clock=clock)
     successor = replace(WORKER, incarnation="a2", address="10.0.0.1:7001")
     await directory.put(WORKER)
-    await directory.put_snapshot(REF, 0, blocks(1))
+    await directory.put_snapshot(REF, BlockSnapshot(0, pool(1)))
     await watcher.poll()
     assert view.blocks == {WORKER.worker_id: set(blocks(1))}
     await directory.put(successor)
@@ -119,16 +123,16 @@ async def test_a_gap_in_events_is_bridged_by_a_later_snapshot_only(directory: Di
     view = View()
     watcher = Watcher(directory, view)
     await directory.put(WORKER)
-    await directory.put_snapshot(REF, 0, blocks(1))
-    await directory.append_events(REF, 1, blocks(2), ())
+    await directory.put_snapshot(REF, BlockSnapshot(0, pool(1)))
+    await directory.append_event(REF, BlockEvent(1, pool(2)))
     await watcher.poll()
     assert view.blocks[WORKER.worker_id] == set(blocks(1, 2))
-    await directory.append_events(REF, 4, blocks(5), ())
+    await directory.append_event(REF, BlockEvent(4, pool(5)))
     for _ in range(3):
         await watcher.poll()
     assert view.blocks[WORKER.worker_id] == set(blocks(1, 2)), "events 2 and 3 are missing: 4 may not be applied"
     assert view.num_resets == 1, "the snapshot is older than what was told: it may not be applied again"
-    await directory.put_snapshot(REF, 3, blocks(3, 4))
+    await directory.put_snapshot(REF, BlockSnapshot(3, pool(3, 4)))
     await watcher.poll()
     assert view.blocks[WORKER.worker_id] == set(blocks(3, 4, 5))
     assert view.num_resets == 2
@@ -164,23 +168,57 @@ async def test_a_worker_comes_changes_and_leaves(store: Store) -> None:
     await theirs.aclose()
 
 
+async def test_the_nearest_tier_is_told(store: Store) -> None:
+    ours, theirs, view = store.directory(), store.directory(), View()
+    one, two, three = blocks(1, 2, 3)
+    async with watching(theirs, view), announcing(ours) as announcer:
+
+        async def shows(*tiers: Tier | None) -> None:
+            held = {block: tier for block, tier in zip((one, two, three), tiers, strict=True) if tier is not None}
+            await eventually(lambda: view.tiers.get(WORKER.worker_id) == held)
+            late = View()
+            async with watching(theirs, late):
+                await eventually(lambda: late.tiers.get(WORKER.worker_id) == held)
+
+        announcer.on_blocks([one, two], [])
+        announcer.on_blocks([two, three], [], Tier.DISK)
+        await shows(Tier.POOL, Tier.POOL, Tier.DISK)
+        announcer.on_blocks([two, three], [], Tier.HOST)
+        await shows(Tier.POOL, Tier.POOL, Tier.HOST)
+        announcer.on_blocks([], [one, two])
+        await shows(None, Tier.HOST, Tier.HOST)
+        announcer.on_blocks([], [two, three], Tier.HOST)
+        await shows(None, Tier.DISK, Tier.DISK)
+        announcer.on_blocks([three], [])
+        announcer.on_blocks([], [one, two, three], Tier.DISK)
+        await shows(None, None, Tier.POOL)
+    await ours.aclose()
+    await theirs.aclose()
+
+
 async def test_blocks_arrive_whatever_changes_and_fails(store: Store) -> None:
     ours, theirs, view = store.directory(), store.directory(), View()
     draw = random.Random(3)
-    held: set[BlockHash] = set()
+    in_tier: dict[Tier, set[BlockHash]] = {tier: set() for tier in Tier}
+
+    def nearest() -> dict[BlockHash, Tier]:
+        return {block: tier for tier in (Tier.DISK, Tier.HOST, Tier.POOL) for block in in_tier[tier]}
+
     async with watching(theirs, view), announcing(ours) as announcer:
         for step in range(120):
+            tier = draw.choice(list(Tier))
+            held = in_tier[tier]
             removed = draw.sample(sorted(held), k=min(len(held), draw.randrange(4)))
             held.difference_update(removed)
-            stored = [block(draw.randrange(200)) for _ in range(draw.randrange(6))]
+            stored = [block(draw.randrange(60)) for _ in range(draw.randrange(6))]
             held.update(stored)
-            announcer.on_blocks(stored, removed)
+            announcer.on_blocks(stored, removed, tier)
             if step in (40, 80):
                 store.go_down()
             if step in (60, 100):
                 store.come_up_empty()
             await asyncio.sleep(0.005)
-        await eventually(lambda: view.blocks.get(WORKER.worker_id) == held)
+        await eventually(lambda: view.tiers.get(WORKER.worker_id) == nearest())
         assert not view.gone
     await ours.aclose()
     await theirs.aclose()

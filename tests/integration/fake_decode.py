@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from kvstore.announcer import Announcer
 from kvstore.directory import Directory
+from kvstore.tiers.base import Tier
 from pdmesh.errors import MeshError, PreconditionError, UnavailableError
+from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
 from pdmesh.types import Load, ModelInfo, PairingFacts, Role, WorkerInfo, WorkerState
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, decode_pb2, decode_pb2_grpc
@@ -109,6 +111,10 @@ class FakeDecode:
         if self._stopping is not None:
             await self._stopping
         await self._server.stop()
+
+    def hold(self, hashes: Sequence[BlockHash], tier: Tier = Tier.POOL) -> None:
+        """Announces blocks."""
+        self._announcer.on_blocks(hashes, (), tier)
 
     async def become(self, state: WorkerState) -> None:
         self.state = state

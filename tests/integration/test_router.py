@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.memory_directory import MemoryDirectory
+from kvstore.tiers.base import Tier
 from pdmesh import status
 from pdmesh.errors import (
     DeadlineError,
@@ -23,7 +24,8 @@ from pdmesh.errors import (
     PreconditionError,
     UnavailableError,
 )
-from pdmesh.types import Role, WorkerInfo, WorkerState
+from pdmesh.hashing import block_hashes, root_hash
+from pdmesh.types import KVSource, Role, WorkerInfo, WorkerState
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from router.config import RouterConfig
 from router.service import RouterService
@@ -474,6 +476,28 @@ async def test_a_long_prompt_names_prefill_workers_that_can_pair(model: Path) ->
     assert not decode.requests[1].prefill_targets, "short prompts are computed where they are decoded"
     assert "model_digest: other here, digest there" in views["prefill-x"].excluded_because
     assert views["prefill-0"].excluded_because == ""
+
+
+async def test_a_store_takes_no_requests_and_is_named_to_the_prefill_worker(model: Path) -> None:
+    directory, tokens = MemoryDirectory(), [7] * 100
+    decode, prefill = FakeDecode(directory, "decode-0"), FakeDecode(directory, "prefill-0", role=Role.PREFILL)
+    store = FakeDecode(directory, "store-0", role=Role.STORE)
+    async with routing(model, decode, prefill, store) as bed:
+        await bed.until_known(3)
+        await bed.generate(tokens=tokens)
+        (target,) = decode.requests[0].prefill_targets
+        assert (target.worker_id, list(target.sources)) == ("prefill-0", [])
+        store.hold(block_hashes(tokens, FACTS.block_size, root_hash()), Tier.DISK)
+        async with asyncio.timeout(5):
+            while not decode.requests[-1].prefill_targets[0].sources:
+                await bed.generate(tokens=tokens)
+        (target,) = decode.requests[-1].prefill_targets
+        assert (await bed.workers())["store-0"].excluded_because == ""
+    assert target.worker_id == "prefill-0"
+    assert [KVSource.from_pb(source) for source in target.sources] == [
+        KVSource("store-0", "store-0-1", store.info.address, num_blocks=6)
+    ]
+    assert not store.requests
 
 
 async def test_other_calls(model: Path) -> None:

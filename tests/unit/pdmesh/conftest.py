@@ -63,15 +63,15 @@ class EchoInference(inference_pb2_grpc.InferenceServicer):
 class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
     def __init__(self) -> None:
         self.drained: list[str] = []
+        loading = common_pb2.WorkerInfo(
+            worker_id="w", role=common_pb2.ROLE_DECODE, state=common_pb2.WORKER_STATE_LOADING, loaded_bytes=1
+        )
+        self.workers = [cluster_pb2.WorkerView(info=loading, age_s=0.5, excluded_because="loading")]
 
     async def ListWorkers(
         self, request: cluster_pb2.ListWorkersRequest, context: Any
     ) -> cluster_pb2.ListWorkersResponse:
-        info = common_pb2.WorkerInfo(
-            worker_id="w", role=common_pb2.ROLE_DECODE, state=common_pb2.WORKER_STATE_LOADING, loaded_bytes=1
-        )
-        view = cluster_pb2.WorkerView(info=info, age_s=0.5, excluded_because="loading")
-        return cluster_pb2.ListWorkersResponse(workers=[view])
+        return cluster_pb2.ListWorkersResponse(workers=self.workers)
 
     async def DrainWorker(
         self, request: cluster_pb2.DrainWorkerRequest, context: Any

@@ -12,7 +12,8 @@ from rich.console import Console
 from pdmesh.cli.loading import loading_display
 from pdmesh.cli.main import main
 from pdmesh.local.cluster import WorkerProcess
-from pdmesh.types import Role, WorkerInfo, WorkerState
+from pdmesh.types import Load, Role, WorkerInfo, WorkerState
+from pdmesh.v1 import cluster_pb2
 from tests.unit.pdmesh.conftest import EchoServer
 
 Run = Callable[..., "asyncio.Future[int]"]
@@ -67,6 +68,21 @@ async def test_status_names_each_worker_and_why_it_gets_nothing(
     assert columns.split()[:3] == ["worker", "role", "state"]
     assert row.split()[:3] == ["w", "decode", "loading"]
     assert "no requests: loading" in row
+
+
+async def test_status_says_of_a_store_what_it_holds_and_nothing_of_requests(
+    pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = Load(num_blocks=500, num_free_blocks=100)
+    infos = [WorkerInfo(name, "i", Role.STORE, WorkerState.READY, "a:1", load=load) for name in ("s0", "s1")]
+    echo.cluster.workers = [
+        cluster_pb2.WorkerView(info=infos[0].to_pb(), age_s=0.5),
+        cluster_pb2.WorkerView(info=infos[1].to_pb(), age_s=0.5, excluded_because="out of reach"),
+    ]
+    assert await pdmesh("status") == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["s0", "store", "ready", "a:1", *["100", "of", "500"], *["0.5", "s", "ago"]]
+    assert second.split() == [*first.replace("s0", "s1").split(), *["no", "KV", "from", "it:", "out", "of", "reach"]]
 
 
 async def test_status_json(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:

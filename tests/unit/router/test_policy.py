@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.policy import Candidate, Choice, Weights, cost, rank
+from router.policy import LOAD_COST, Candidate, Choice, Weights, cost, rank
 
 WEIGHTS = Weights()
 PREFILLS = frozenset({"p0", "p1", "p2", "p3"})
@@ -12,16 +12,19 @@ PREFILLS = frozenset({"p0", "p1", "p2", "p3"})
     ("candidate", "expected"),
     [
         (Candidate("w"), 100),
-        (Candidate("w", cached_tokens=64), 36),
+        (Candidate("w", cached_tokens=64, pool_tokens=64), 36),
+        # Where half of it is to be loaded first: dearer than at hand, cheaper than to compute.
+        (Candidate("w", cached_tokens=64, pool_tokens=32), 36 + 32 * LOAD_COST),
+        (Candidate("w", cached_tokens=64), 36 + 64 * LOAD_COST),
         # The last token is always computed: its logits are wanted.
-        (Candidate("w", cached_tokens=112), 1),
+        (Candidate("w", cached_tokens=112, pool_tokens=112), 1),
         (Candidate("w", queued_tokens=50), 150),
         (Candidate("w", num_requests=2), 132),
         (Candidate("w", used_blocks=50, num_blocks=100), 200),
         (Candidate("w", used_blocks=90, num_blocks=100), 1000),
         # Full: as with one free block, and no division by zero.
         (Candidate("w", used_blocks=100, num_blocks=100), 10_100),
-        (Candidate("w", 64, queued_tokens=10, num_requests=1, used_blocks=20, num_blocks=100), 36 + 10 + 16 + 25),
+        (Candidate("w", 64, 64, queued_tokens=10, num_requests=1, used_blocks=20, num_blocks=100), 36 + 10 + 16 + 25),
     ],
 )  # fmt: skip
 def test_cost(candidate: Candidate, expected: float) -> None:
@@ -38,6 +41,9 @@ def test_weights_scale_their_terms() -> None:
     [
         # Where the prompt lies.
         ([Candidate("a"), Candidate("b", cached_tokens=160)], "ba"),
+        # Its nearest beginning, its longest beginning: 16 tokens to compute are more than 32 to load.
+        ([Candidate("a", 160), Candidate("b", 160, 160)], "ba"),
+        ([Candidate("a", 144, 144), Candidate("b", 160, 128)], "ba"),
         # Not at any price: 160 cached tokens do not outweigh 300 queued ones.
         ([Candidate("a"), Candidate("b", cached_tokens=160, queued_tokens=300)], "ab"),
         ([Candidate("a", queued_tokens=1), Candidate("b")], "ba"),

@@ -1,0 +1,1 @@
+"""Where KV blocks lie, from the engine's block pool outwards."""
