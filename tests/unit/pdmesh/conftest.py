@@ -63,6 +63,7 @@ class EchoInference(inference_pb2_grpc.InferenceServicer):
 class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
     def __init__(self) -> None:
         self.drained: list[str] = []
+        self.transfers = cluster_pb2.ClusterListTransfersResponse()
 
     async def ListWorkers(
         self, request: cluster_pb2.ListWorkersRequest, context: Any
@@ -72,6 +73,11 @@ class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
         )
         view = cluster_pb2.WorkerView(info=info, age_s=0.5, excluded_because="loading")
         return cluster_pb2.ListWorkersResponse(workers=[view])
+
+    async def ListTransfers(
+        self, request: cluster_pb2.ClusterListTransfersRequest, context: Any
+    ) -> cluster_pb2.ClusterListTransfersResponse:
+        return self.transfers
 
     async def DrainWorker(
         self, request: cluster_pb2.DrainWorkerRequest, context: Any
