@@ -69,7 +69,11 @@ class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
         self, request: cluster_pb2.ListWorkersRequest, context: Any
     ) -> cluster_pb2.ListWorkersResponse:
         info = common_pb2.WorkerInfo(
-            worker_id="w", role=common_pb2.ROLE_DECODE, state=common_pb2.WORKER_STATE_LOADING, loaded_bytes=1
+            worker_id="w",
+            role=common_pb2.ROLE_DECODE,
+            state=common_pb2.WORKER_STATE_LOADING,
+            loaded_bytes=1,
+            kv_transports="shm,tcp",
         )
         view = cluster_pb2.WorkerView(info=info, age_s=0.5, excluded_because="loading")
         return cluster_pb2.ListWorkersResponse(workers=[view])

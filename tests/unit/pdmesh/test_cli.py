@@ -68,6 +68,7 @@ async def test_status_names_each_worker_and_why_it_gets_nothing(
     assert columns.split()[:3] == ["worker", "role", "state"]
     assert row.split()[:3] == ["w", "decode", "loading"]
     assert "no requests: loading" in row
+    assert "shm, tcp" in row
 
 
 async def test_status_json(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
