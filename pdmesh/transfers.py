@@ -94,6 +94,7 @@ class TransferTotal:
     direction: Direction
     transport: str
     num_done: int = 0
+    num_aborted: int = 0
     num_failed: int = 0
     num_bytes: int = 0
     num_parts: int = 0
@@ -105,6 +106,7 @@ class TransferTotal:
             direction=_DIRECTIONS_BACK[message.direction],
             transport=message.transport,
             num_done=message.num_done,
+            num_aborted=message.num_aborted,
             num_failed=message.num_failed,
             num_bytes=message.num_bytes,
             num_parts=message.num_parts,
@@ -116,6 +118,7 @@ class TransferTotal:
             direction=_DIRECTIONS[self.direction],
             transport=self.transport,
             num_done=self.num_done,
+            num_aborted=self.num_aborted,
             num_failed=self.num_failed,
             num_bytes=self.num_bytes,
             num_parts=self.num_parts,

@@ -76,9 +76,8 @@ class WorkerHost:
         """This worker as it is now."""
         if self._info.state is WorkerState.LOADING:
             return self._info
-        return replace(
-            self._info, load=self.engine.load(), kv_transports=",".join(self.journal.transports_in_use())
-        )  # fmt: skip
+        transports = ",".join(self.journal.transports_in_use())
+        return replace(self._info, load=self.engine.load(), kv_transports=transports)
 
     @property
     def worker_id(self) -> str:

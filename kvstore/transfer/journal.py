@@ -11,7 +11,7 @@ Everything here may be called from any thread, takes microseconds, and is bounde
 import asyncio
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -32,6 +32,8 @@ from pdmesh.transfers import (
 
 MAX_LIVE = 1024
 MAX_FAILURES = 64
+# Apart from failures, which many clients that leave would otherwise push out.
+MAX_ABORTED = 16
 MAX_CHOICES = 256
 # Pairs of transports times reasons; a reason beyond them is counted as OTHER, so that time series stay few.
 MAX_FALLBACKS = 64
@@ -114,11 +116,12 @@ class TransferJournal:
         self._metrics = TransferMetrics(registry)
         self._lock = threading.Lock()
         # Every entry that has not ended is counted, but not more than MAX_LIVE are listed, in order of their begin.
-        self._num_live: Counter[Direction] = Counter()
+        self._num_live = dict.fromkeys(Direction, 0)
         self._live: dict[TransferEntry, None] = {}
         self._totals: dict[tuple[Direction, str], TransferTotal] = {}
         # With the clock's time of each, from which a report makes its age.
         self._failures: deque[tuple[float, TransferFailure]] = deque(maxlen=MAX_FAILURES)
+        self._aborted: deque[tuple[float, TransferFailure]] = deque(maxlen=MAX_ABORTED)
         self._choices: OrderedDict[str, tuple[float, TransportChoice]] = OrderedDict()
         self._fallbacks: dict[tuple[str, str, str], tuple[float, TransportFallback]] = {}
 
@@ -186,6 +189,9 @@ class TransferJournal:
                     num_parts=total.num_parts + num_parts,
                     duration_s=total.duration_s + duration_s,
                 )
+            elif outcome is Outcome.ABORTED:
+                self._totals[kind] = replace(total, num_aborted=total.num_aborted + 1)
+                self._aborted.append((self._clock(), failure))
             else:
                 self._totals[kind] = replace(total, num_failed=total.num_failed + 1)
                 self._failures.append((self._clock(), failure))
@@ -221,7 +227,7 @@ class TransferJournal:
     @property
     def num_live(self) -> int:
         """Transfers begun and not ended."""
-        return self._num_live.total()
+        return sum(self._num_live.values())
 
     def transports_in_use(self) -> tuple[str, ...]:
         """Those of the last choice for any peer, sorted."""
@@ -232,6 +238,7 @@ class TransferJournal:
         """All of it as of now, beside the tickets and leases that the caller has counted."""
         with self._lock:
             now = self._clock()
+            failures = sorted((*self._failures, *self._aborted), key=lambda dated: dated[0])
             return TransferReport(
                 live=tuple(
                     LiveTransfer(
@@ -252,5 +259,5 @@ class TransferJournal:
                 totals=tuple(self._totals.values()),
                 choices=tuple(replace(c, age_s=now - at) for at, c in reversed(self._choices.values())),
                 fallbacks=tuple(replace(f, age_s=now - at) for at, f in self._fallbacks.values()),
-                failures=tuple(replace(f, age_s=now - at) for at, f in reversed(self._failures)),
+                failures=tuple(replace(f, age_s=now - at) for at, f in reversed(failures)),
             )

@@ -85,11 +85,13 @@ def _live(reports: Reports) -> Table:
 
 
 def _totals(reports: Reports) -> Table:
-    table = plain_table("worker", "direction", "transport", "done", "failed", "moved", "mean time", "mean rate")
+    table = plain_table(
+        "worker", "direction", "transport", "done", "aborted", "failed", "moved", "mean time", "mean rate"
+    )
     for worker_id, report in reports:
         for total in report.totals:
             table.add_row(
-                worker_id, total.direction.value, total.transport, str(total.num_done),
+                worker_id, total.direction.value, total.transport, str(total.num_done), str(total.num_aborted),
                 Text(str(total.num_failed), "yellow" if total.num_failed else ""), _bytes(total.num_bytes),
                 _seconds(total.duration_s / total.num_done) if total.num_done else "",
                 f"{_bytes(total.num_bytes / total.duration_s)}/s" if total.duration_s else "",

@@ -489,6 +489,7 @@ class TransferTotal(_message.Message):
     DIRECTION_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     NUM_DONE_FIELD_NUMBER: _builtins.int
+    NUM_ABORTED_FIELD_NUMBER: _builtins.int
     NUM_FAILED_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     NUM_PARTS_FIELD_NUMBER: _builtins.int
@@ -496,6 +497,8 @@ class TransferTotal(_message.Message):
     direction: Global___TransferDirection.ValueType
     transport: _builtins.str
     num_done: _builtins.int
+    num_aborted: _builtins.int
+    """Neither done nor failed: somebody gave up."""
     num_failed: _builtins.int
     num_bytes: _builtins.int
     """Of those that are done."""
@@ -507,6 +510,7 @@ class TransferTotal(_message.Message):
         direction: Global___TransferDirection.ValueType = ...,
         transport: _builtins.str = ...,
         num_done: _builtins.int = ...,
+        num_aborted: _builtins.int = ...,
         num_failed: _builtins.int = ...,
         num_bytes: _builtins.int = ...,
         num_parts: _builtins.int = ...,
@@ -514,7 +518,7 @@ class TransferTotal(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "duration_s", b"duration_s", "num_bytes", b"num_bytes", "num_done", b"num_done", "num_failed", b"num_failed", "num_parts", b"num_parts", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "duration_s", b"duration_s", "num_aborted", b"num_aborted", "num_bytes", b"num_bytes", "num_done", b"num_done", "num_failed", b"num_failed", "num_parts", b"num_parts", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvstore.transfer.journal import (
+    MAX_ABORTED,
     MAX_CHOICES,
     MAX_FAILURES,
     MAX_FALLBACKS,
@@ -74,7 +75,7 @@ def test_a_transfer_is_live_until_it_ends(journal: TransferJournal, clock: Clock
         num_leases=3,
     )
     entry.end(Outcome.DONE, num_bytes=512, num_parts=2, duration_s=1.5)
-    assert journal.report() == TransferReport(totals=(TransferTotal(Direction.RECEIVING, "tcp", 1, 0, 512, 2, 1.5),))
+    assert journal.report() == TransferReport(totals=(TransferTotal(Direction.RECEIVING, "tcp", 1, 0, 0, 512, 2, 1.5),))
 
 
 def test_only_the_first_end_counts(journal: TransferJournal, registry: CollectorRegistry) -> None:
@@ -133,6 +134,21 @@ def test_bounds_hold_and_counts_go_on(journal: TransferJournal) -> None:
     assert len(report.failures) == MAX_FAILURES
     assert report.failures[0].request_id == str(MAX_LIVE + 4)
     assert len(report.failures[0].reason) == MAX_REASON_CHARACTERS
+
+
+def test_clients_that_leave_do_not_push_failures_out(journal: TransferJournal, clock: Clock) -> None:
+    receiving(journal, "lost").end(Outcome.LOST, 0, 0, 0.0)
+    for number in range(2 * MAX_FAILURES):
+        clock.now += 1.0
+        receiving(journal, str(number)).end(Outcome.ABORTED, 0, 0, 0.0)
+    clock.now += 1.0
+    receiving(journal, "refused").end(Outcome.REFUSED, 0, 0, 0.0)
+    report = journal.report()
+    assert [failure.request_id for failure in report.failures[:2]] == ["refused", str(2 * MAX_FAILURES - 1)]
+    assert report.failures[-1].request_id == "lost"
+    assert len(report.failures) == 2 + MAX_ABORTED
+    (total,) = report.totals
+    assert (total.num_done, total.num_aborted, total.num_failed) == (0, 2 * MAX_FAILURES, 2)
 
 
 def test_the_last_choice_for_each_peer_is_kept(journal: TransferJournal, clock: Clock) -> None:

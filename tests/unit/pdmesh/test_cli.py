@@ -93,8 +93,8 @@ def report_of_everything() -> cluster_pb2.ClusterListTransfersResponse:
         ],
         totals=[
             cluster_pb2.TransferTotal(
-                direction=cluster_pb2.TRANSFER_DIRECTION_RECEIVING, transport="tcp", num_done=4, num_failed=1,
-                num_bytes=8_000_000, num_parts=16, duration_s=0.5,
+                direction=cluster_pb2.TRANSFER_DIRECTION_RECEIVING, transport="tcp", num_done=4, num_aborted=2,
+                num_failed=1, num_bytes=8_000_000, num_parts=16, duration_s=0.5,
             )
         ],
         choices=[cluster_pb2.TransportChoice(peer="prefill-9", transport="tcp", reason="shm: other host", age_s=300)],
@@ -125,7 +125,7 @@ async def test_transfers_shows_what_each_worker_says_or_why_it_does_not(
         "d0 decode h:1 1 2 3",
         "p0 prefill h:2 no answer: too late",
         "d0 receiving prefill-0 shm 4 2.5 MB 1.2 s r1 waiting for [the] sender",
-        "d0 receiving tcp 4 1 8.0 MB 125.0 ms 16.0 MB/s",
+        "d0 receiving tcp 4 2 1 8.0 MB 125.0 ms 16.0 MB/s",
         "d0 prefill-9 tcp 5 min ago shm: other host",
         "d0 tcp grpc 7 2 s ago RECEIVER_LOST",
         "d0 5 s ago receiving prefill-0 tcp lease expired 0 B r0 LEASE_EXPIRED: too late",
