@@ -32,10 +32,10 @@ class MetricsServer:
             return
         try:
             self._running = start_http_server(self._port, self._host.strip("[]"), self._registry)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ConfigError(
-                f"cannot serve metrics on {self._host}:{self._port} ({error}): is another process there? "
-                "Choose another --metrics-port, or 0 for none"
+                f"cannot serve metrics on {self._host}:{self._port} ({error.strerror}): "
+                "choose another --metrics-port, or 0 for none"
             ) from error
 
     async def aclose(self) -> None:
