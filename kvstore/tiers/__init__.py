@@ -1,1 +1,1 @@
-"""Where KV blocks lie when no engine's cache has room for them: host memory, disk, a shared store."""
+"""Where KV blocks go that a worker's block pool evicted: host memory, then disk."""

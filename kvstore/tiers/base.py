@@ -5,28 +5,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """What one tier holds now, and what it has done since the process started.
+    """One tier since it was opened.
 
     Attributes:
-        tier: Its name, e.g. "host" or "disk".
-        num_blocks: Held now.
-        num_bytes: Of these blocks.
-        hits: Blocks asked for and found.
-        misses: Blocks asked for and not found.
-        stored: Blocks taken in.
-        evicted: Blocks that made room for others.
-        dropped: Blocks not taken in, since the tier was busy or full.
-        corrupt: Blocks that failed their checksum when read, and were deleted.
-        load_s: Seconds spent reading blocks, in all.
+        num_slots: Blocks that it has room for.
+        num_blocks: Blocks that it holds.
+        num_bytes: What these take, without overhead.
+        num_hits: Blocks that were asked for and given.
+        num_misses: Blocks that were asked for and not held, corrupt ones included.
+        num_stored: Blocks that came in.
+        num_evicted: Blocks that left for others and lie on the tier below, or have none below.
+        num_dropped: Blocks that were lost: evicted before the tier below had them, or not taken for want of room.
+        num_corrupt: Blocks whose bytes failed their checksum.
+        read_s: Seconds spent in reading, over all threads.
+        write_s: Seconds spent in writing, over all threads.
     """
 
-    tier: str
+    num_slots: int
     num_blocks: int
     num_bytes: int
-    hits: int
-    misses: int
-    stored: int
-    evicted: int
-    dropped: int
-    corrupt: int
-    load_s: float
+    num_hits: int
+    num_misses: int
+    num_stored: int
+    num_evicted: int
+    num_dropped: int
+    num_corrupt: int
+    read_s: float
+    write_s: float

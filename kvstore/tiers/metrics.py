@@ -1,6 +1,6 @@
 """The numbers of a process's tiers, for Prometheus."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,40 +13,45 @@ class TierCollector(Collector):
     """Asks the tiers whenever Prometheus asks. Add it by `registry.register`.
 
     Args:
-        stats: One TierStats for each tier, best first; called on the thread of whoever asks.
+        stats: What each tier says, by its name ("host", "disk"); called on the thread of whoever asks.
     """
 
-    def __init__(self, stats: Callable[[], Iterable[TierStats]]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, TierStats]]) -> None:
         self._stats = stats
 
     def describe(self) -> Iterable[Metric]:
         """The families, empty: registering them asks no tier."""
-        return self._families(())
+        return _families({})
 
     def collect(self) -> Iterable[Metric]:
-        return self._families(tuple(self._stats()))
-
-    def _families(self, tiers: Iterable[TierStats]) -> Iterator[Metric]:
-        yield _gauge("blocks", "Blocks held.", {t.tier: t.num_blocks for t in tiers})
-        yield _gauge("bytes", "Bytes of blocks held.", {t.tier: t.num_bytes for t in tiers})
-        yield _counter("hits", "Blocks asked for and found.", {t.tier: t.hits for t in tiers})
-        yield _counter("misses", "Blocks asked for and not found.", {t.tier: t.misses for t in tiers})
-        yield _counter("stored", "Blocks taken in.", {t.tier: t.stored for t in tiers})
-        yield _counter("evicted", "Blocks that made room for others.", {t.tier: t.evicted for t in tiers})
-        yield _counter("dropped", "Blocks not taken in: busy or full.", {t.tier: t.dropped for t in tiers})
-        yield _counter("corrupt", "Blocks that failed their checksum.", {t.tier: t.corrupt for t in tiers})
-        yield _counter("load_seconds", "Seconds spent reading blocks.", {t.tier: t.load_s for t in tiers})
+        return _families(self._stats())
 
 
-def _gauge(name: str, documentation: str, values: dict[str, float]) -> Metric:
-    family = GaugeMetricFamily(f"pdmesh_kv_tier_{name}", documentation, labels=("tier",))
-    for tier, value in values.items():
-        family.add_metric((tier,), value)
-    return family
+def _families(tiers: Mapping[str, TierStats]) -> Iterator[Metric]:
+    def counter(name: str, documentation: str, value: Callable[[TierStats], float]) -> Metric:
+        return _filled(CounterMetricFamily(f"pdmesh_kv_tier_{name}", documentation, labels=("tier",)), tiers, value)
+
+    def gauge(name: str, documentation: str, value: Callable[[TierStats], float]) -> Metric:
+        return _filled(GaugeMetricFamily(f"pdmesh_kv_tier_{name}", documentation, labels=("tier",)), tiers, value)
+
+    yield gauge("capacity_blocks", "Blocks that it has room for.", lambda tier: tier.num_slots)
+    yield gauge("blocks", "Blocks held.", lambda tier: tier.num_blocks)
+    yield gauge("bytes", "Bytes of blocks held.", lambda tier: tier.num_bytes)
+    yield counter("hits", "Blocks asked for and given.", lambda tier: tier.num_hits)
+    yield counter("misses", "Blocks asked for and not held.", lambda tier: tier.num_misses)
+    yield counter("stored", "Blocks that came in.", lambda tier: tier.num_stored)
+    yield counter("evicted", "Blocks that made room and lie further below.", lambda tier: tier.num_evicted)
+    yield counter("dropped", "Blocks lost for want of room.", lambda tier: tier.num_dropped)
+    yield counter("corrupt", "Blocks that failed their checksum.", lambda tier: tier.num_corrupt)
+    yield counter("read_seconds", "Seconds spent in reading.", lambda tier: tier.read_s)
+    yield counter("write_seconds", "Seconds spent in writing.", lambda tier: tier.write_s)
 
 
-def _counter(name: str, documentation: str, values: dict[str, float]) -> Metric:
-    family = CounterMetricFamily(f"pdmesh_kv_tier_{name}", documentation, labels=("tier",))
-    for tier, value in values.items():
-        family.add_metric((tier,), value)
+def _filled(
+    family: CounterMetricFamily | GaugeMetricFamily,
+    tiers: Mapping[str, TierStats],
+    value: Callable[[TierStats], float],
+) -> Metric:
+    for name, tier in tiers.items():
+        family.add_metric((name,), value(tier))
     return family
