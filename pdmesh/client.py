@@ -27,6 +27,7 @@ from pdmesh.client_calls import (
 )
 from pdmesh.cluster_view import ServerInfo, WorkerView
 from pdmesh.generation import Event, EventCollector, GenerationResult, event_from_pb
+from pdmesh.transfers import WorkerTransfers
 from pdmesh.types import ModelInfo
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -113,6 +114,12 @@ class Client:
         with mesh_errors(self.address):
             response = self._cluster.ListWorkers(cluster_pb2.ListWorkersRequest(), timeout=timeout_s)
             return tuple(map(WorkerView.from_pb, response.workers))
+
+    def transfers(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerTransfers, ...]:
+        """What each worker that the router knows says of its KV transfers, or why it does not answer."""
+        with mesh_errors(self.address):
+            response = self._cluster.ListTransfers(cluster_pb2.ClusterListTransfersRequest(), timeout=timeout_s)
+            return tuple(map(WorkerTransfers.from_pb, response.workers))
 
     def drain(self, worker_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
         """Asks a worker to finish what it has, take nothing new, and leave."""

@@ -46,6 +46,11 @@ class ServiceConfig:
     cluster: str = option("name that keeps clusters on one Redis apart", default="default")
     log_level: str = option("least severe level logged", default="info", choices=("debug", "info", "warning", "error"))
     drain_s: float = option("seconds given to running requests after SIGTERM", default=30.0)
+    metrics_port: int = option("HTTP port of /metrics, for Prometheus; 0 serves none", default=0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port is {self.metrics_port}: must lie in [0, 65535]")
 
     @property
     def advertised_host(self) -> str:

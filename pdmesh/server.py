@@ -71,10 +71,10 @@ async def _run(make_service: Callable[[], Service], drain_s: float) -> None:
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    starting = asyncio.create_task(service.start())
+    stopping = asyncio.create_task(signals.get())
+    asked = asyncio.create_task(service.drain_asked())
     try:
-        starting = asyncio.create_task(service.start())
-        stopping = asyncio.create_task(signals.get())
-        asked = asyncio.create_task(service.drain_asked())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
@@ -85,8 +85,9 @@ async def _run(make_service: Callable[[], Service], drain_s: float) -> None:
             draining, insisting = asyncio.create_task(service.drain()), asyncio.create_task(signals.get())
             await asyncio.wait({draining, insisting}, timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
             await _cancel(draining, insisting)
-        await _cancel(starting, stopping, asked)
     finally:
+        # Before closing: what waits on the service would learn of its end as of a failure, and nobody would ask.
+        await _cancel(starting, stopping, asked)
         await service.close()
 
 

@@ -42,6 +42,15 @@ _STATES_BACK = {v: k for k, v in _STATES.items()}
 _FINISH_REASONS_BACK = {v: k for k, v in _FINISH_REASONS.items()}
 
 
+def role_to_pb(role: Role) -> pb.Role.ValueType:
+    return _ROLES[role]
+
+
+def role_from_pb(role: pb.Role.ValueType) -> Role:
+    """Raises KeyError for a role that this version does not know."""
+    return _ROLES_BACK[role]
+
+
 def finish_reason_to_pb(reason: FinishReason) -> pb.FinishReason.ValueType:
     return _FINISH_REASONS[reason]
 
@@ -152,7 +161,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A worker as the directory knows it. `facts` and `model` are None while it loads."""
+    """A worker as the directory knows it. `facts` and `model` are None while it loads.
+
+    `kv_transports` names the transports over which its KV travels, separated by commas.
+    """
 
     worker_id: str
     incarnation: str
@@ -164,6 +176,7 @@ class WorkerInfo:
     load: Load = Load()
     loaded_bytes: int = 0
     total_bytes: int = 0
+    kv_transports: str = ""
 
     def updated(self, *, state: WorkerState | None = None, load: Load | None = None) -> WorkerInfo:
         return replace(self, state=state or self.state, load=load or self.load)
@@ -174,7 +187,7 @@ class WorkerInfo:
         return cls(
             worker_id=message.worker_id,
             incarnation=message.incarnation,
-            role=_ROLES_BACK[message.role],
+            role=role_from_pb(message.role),
             state=_STATES_BACK[message.state],
             address=message.address,
             facts=PairingFacts.from_pb(message.facts) if message.HasField("facts") else None,
@@ -182,13 +195,14 @@ class WorkerInfo:
             load=Load.from_pb(message.load),
             loaded_bytes=message.loaded_bytes,
             total_bytes=message.total_bytes,
+            kv_transports=message.kv_transports,
         )
 
     def to_pb(self) -> pb.WorkerInfo:
         return pb.WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
-            role=_ROLES[self.role],
+            role=role_to_pb(self.role),
             state=_STATES[self.state],
             address=self.address,
             facts=self.facts.to_pb() if self.facts else None,
@@ -196,6 +210,7 @@ class WorkerInfo:
             load=self.load.to_pb(),
             loaded_bytes=self.loaded_bytes,
             total_bytes=self.total_bytes,
+            kv_transports=self.kv_transports,
         )
 
 

@@ -1,15 +1,20 @@
 """`pdmesh.v1.Cluster` on the wire: the workers as this router sees them, for operators."""
 
+import asyncio
+
 import grpc
 
 from pdmesh import status
 from pdmesh.channels import ChannelPool
 from pdmesh.errors import NotFoundError
+from pdmesh.types import WorkerInfo, role_to_pb
 from pdmesh.v1 import cluster_pb2 as pb
 from pdmesh.v1 import cluster_pb2_grpc
 from router.registry import WorkerRegistry
 
 _DRAIN_TIMEOUT_S = 5.0
+# Well below the time that a client gives the whole call.
+_TRANSFERS_TIMEOUT_S = 2.0
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
@@ -31,6 +36,26 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
                 for record in self._registry.records()
             ]
         )
+
+    async def ListTransfers(
+        self, request: pb.ClusterListTransfersRequest, context: object
+    ) -> pb.ClusterListTransfersResponse:
+        workers = [record.info for record in self._registry.records()]
+        return pb.ClusterListTransfersResponse(workers=await asyncio.gather(*map(self._transfers_of, workers)))
+
+    async def _transfers_of(self, info: WorkerInfo) -> pb.WorkerTransfers:
+        """What this worker answers, or why it does not; raises nothing and takes _TRANSFERS_TIMEOUT_S at most."""
+        answer = pb.WorkerTransfers(worker_id=info.worker_id, role=role_to_pb(info.role), address=info.address)
+        worker = cluster_pb2_grpc.WorkerStub(self._channels.get(info.address))
+        try:
+            response = await worker.ListTransfers(pb.WorkerListTransfersRequest(), timeout=_TRANSFERS_TIMEOUT_S)
+            answer.report.CopyFrom(response.report)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                answer.error = f"nothing came within {_TRANSFERS_TIMEOUT_S:g} s"
+            else:
+                answer.error = status.from_rpc_error(error).message or error.code().name
+        return answer
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: object) -> pb.DrainWorkerResponse:
         info = self._registry.info(request.worker_id)

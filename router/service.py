@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import logging
 
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+
 from kvstore.directory import Directory
 from kvstore.watcher import Watcher
 from pdmesh.channels import ChannelPool
+from pdmesh.metrics_server import MetricsServer
 from pdmesh.model_source import model_name
 from pdmesh.server import GrpcServer
 from pdmesh.types import Role
@@ -46,6 +49,11 @@ class RouterService:
         cluster = ClusterServicer(self._registry, self._channels)
         self._server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self._inference, "pdmesh.v1.Inference")
         self._server.add(cluster_pb2_grpc.add_ClusterServicer_to_server, cluster, "pdmesh.v1.Cluster")
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        active = Gauge("pdmesh_router_active_requests", "Requests admitted and not ended.", registry=registry)
+        active.set_function(lambda: self._inference.num_active_requests)
+        self._metrics = MetricsServer(config.service.host, config.service.metrics_port, registry)
         self._following: asyncio.Task[None] | None = None
 
     @property
@@ -63,6 +71,7 @@ class RouterService:
         return self._inference.num_active_requests
 
     async def start(self) -> None:
+        self._metrics.start()
         await self._server.start()
         text = await asyncio.to_thread(load_text_model, self._config.model)
         self._inference.open(
@@ -93,6 +102,7 @@ class RouterService:
         await self._stop_following()
         await self._watcher.stop()
         await self._server.stop()
+        await self._metrics.aclose()
         await self._channels.aclose()
         await self._directory.aclose()
 

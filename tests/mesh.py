@@ -125,6 +125,7 @@ class Mesh:
                 "requests": status.num_requests,
                 "leases": status.num_leases,
                 "tickets": status.num_tickets,
+                "transfers": worker.host.journal.num_live,
                 "tasks": status.num_request_tasks,
                 "blocks": status.info.load.num_blocks - status.info.load.num_free_blocks,
             }

@@ -4,7 +4,8 @@
     drain: announce DRAINING, health NOT_SERVING -> the running calls end
     close: leave the directory -> stop the server -> stop the engine
 
-Owns the engine, the server, the announcer and the directory's connection; the role's service adds what it serves.
+Owns the engine, the servers, the announcer and the directory's connection; the role's service adds what it serves, and
+hands `journal` to whatever moves KV, `registry` to whatever else is measured.
 """
 
 import asyncio
@@ -15,11 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+
 from engine.api import Engine
 from kvstore.announcer import Announcer
 from kvstore.directory import Directory
+from kvstore.transfer.journal import TransferJournal
 from pdmesh.errors import OverloadedError, PreconditionError, UnavailableError
+from pdmesh.metrics_server import MetricsServer
 from pdmesh.server import GrpcServer
+from pdmesh.transfers import TransferReport
 from pdmesh.types import Role, WorkerInfo, WorkerState
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
 from worker.config import WorkerConfig
@@ -44,6 +50,14 @@ class WorkerHost:
         self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
         self._drain_requested = asyncio.Event()
         self.num_tickets: Callable[[], int] = lambda: 0
+        self.registry = CollectorRegistry()
+        self.journal = TransferJournal(self.registry)
+        self._metrics = MetricsServer(service.host, service.metrics_port, self.registry)
+        ProcessCollector(registry=self.registry)
+        tickets = Gauge("pdmesh_kv_tickets", "Tickets that a sender could still use.", registry=self.registry)
+        tickets.set_function(lambda: self.num_tickets())
+        leases = Gauge("pdmesh_kv_leases", "Block leases held.", registry=self.registry)
+        leases.set_function(lambda: self.num_leases)
         self._max_requests = config.max_requests
         self._num_admitted = 0
         self._directory = directory
@@ -62,7 +76,8 @@ class WorkerHost:
         """This worker as it is now."""
         if self._info.state is WorkerState.LOADING:
             return self._info
-        return replace(self._info, load=self.engine.load())
+        transports = ",".join(self.journal.transports_in_use())
+        return replace(self._info, load=self.engine.load(), kv_transports=transports)
 
     @property
     def worker_id(self) -> str:
@@ -73,6 +88,7 @@ class WorkerHost:
         return self._info.incarnation
 
     async def start(self) -> None:
+        self._metrics.start()
         await self.server.start()
         self._info = replace(self._info, address=self.server.address)
         await self._announcer.start()
@@ -118,6 +134,7 @@ class WorkerHost:
         await self._announcer.stop()
         await self.server.stop()
         await self.engine.close()
+        await self._metrics.aclose()
         await self._directory.aclose()
 
     @contextlib.contextmanager
@@ -152,12 +169,21 @@ class WorkerHost:
         finally:
             self._num_admitted -= 1
 
+    @property
+    def num_leases(self) -> int:
+        """Block leases held for transfers and imported prompts."""
+        return self.engine.status().num_leases if self._info.state is not WorkerState.LOADING else 0
+
+    def transfers(self) -> TransferReport:
+        """What this process knows of its KV transfers."""
+        return self.journal.report(self.num_tickets(), self.num_leases)
+
     def status(self) -> cluster_pb2.GetStatusResponse:
         held = self.engine.status() if self._info.state is not WorkerState.LOADING else None
         return cluster_pb2.GetStatusResponse(
             info=self.info.to_pb(),
             num_requests=held.num_requests if held else 0,
-            num_leases=held.num_leases if held else 0,
+            num_leases=self.num_leases,
             num_tickets=self.num_tickets(),
             num_request_tasks=self.server.num_active_calls,
             num_cached_blocks=held.num_cached_blocks if held else 0,
@@ -177,3 +203,8 @@ class _WorkerServicer(cluster_pb2_grpc.WorkerServicer):
         log.info("asked to drain", extra={"worker_id": self._host.worker_id})
         self._host.request_drain()
         return cluster_pb2.DrainResponse()
+
+    async def ListTransfers(
+        self, request: cluster_pb2.WorkerListTransfersRequest, context: object
+    ) -> cluster_pb2.WorkerListTransfersResponse:
+        return cluster_pb2.WorkerListTransfersResponse(report=self._host.transfers().to_pb())

@@ -1,1 +1,1 @@
-"""Where KV blocks lie, from the engine's block pool outwards."""
+"""Where KV blocks go that a worker's block pool evicted: host memory, then disk."""

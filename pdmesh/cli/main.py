@@ -18,6 +18,7 @@ _COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",
     "status": "show the workers of a cluster",
+    "transfers": "show how KV moves between the workers",
     "drain": "let a worker finish and leave",
     "health": "ask a server whether it serves",
     "demo": "fetch a small model, run a cluster, answer a few prompts",

@@ -1,24 +1,20 @@
 """`pdmesh status`: the workers of a cluster, as its router sees them."""
 
-import contextlib
-import time
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from pdmesh.cli.connection import ConnectionConfig
-from pdmesh.cli.json_output import to_json
+from pdmesh.cli.screens import show
 from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.client import Client
 from pdmesh.cluster_view import ServerInfo, WorkerView
 from pdmesh.config import option, parse
 from pdmesh.types import Role, WorkerState
-
-_WATCH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,46 +24,38 @@ class StatusConfig:
     json: bool = option("print JSON", default=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Status:
+    router: ServerInfo
+    workers: Sequence[WorkerView]
+
+
 def main(argv: Sequence[str]) -> int:
     config = parse(StatusConfig, argv, prog="pdmesh status", description="Shows the workers of a cluster.")
-    console = make_console()
     with Client(config.connection.address) as client:
-        if config.watch:
-            with contextlib.suppress(KeyboardInterrupt):
-                _watch(client, config, console)
-        else:
-            _show_once(client, config, console)
+        show(
+            lambda: _Status(client.server_info(), client.workers()),
+            functools.partial(_screen, client.address),
+            make_console(),
+            json=config.json,
+            watch=config.watch,
+        )
     return 0
 
 
-def _show_once(client: Client, config: StatusConfig, console: Console) -> None:
-    if config.json:
-        print(to_json({"router": client.server_info(), "workers": client.workers()}), flush=True)
-    else:
-        console.print(_screen(client.address, client.server_info(), client.workers()))
-
-
-def _watch(client: Client, config: StatusConfig, console: Console) -> None:
-    if config.json or not console.is_terminal:
-        while True:
-            _show_once(client, config, console)
-            time.sleep(_WATCH_S)
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            live.update(_screen(client.address, client.server_info(), client.workers()), refresh=True)
-            time.sleep(_WATCH_S)
-
-
-def _screen(address: str, server: ServerInfo, workers: Sequence[WorkerView]) -> Group:
+def _screen(address: str, status: _Status) -> Group:
+    server = status.router
     head = Text.assemble(
         ("router ", "dim"), address, ("  up ", "dim"), _duration(server.uptime_s), ("  requests ", "dim"),
         f"{server.num_active_requests} of {server.max_active_requests}", ("  version ", "dim"), server.version,
     )  # fmt: skip
-    return Group(head, Text(), _table(workers) if workers else Text("no workers yet"))
+    return Group(head, Text(), _table(status.workers) if status.workers else Text("no workers yet"))
 
 
 def _table(workers: Sequence[WorkerView]) -> Table:
-    table = plain_table("worker", "role", "state", "address", "model", "running", "waiting", "free blocks", "seen", "")
+    table = plain_table(
+        "worker", "role", "state", "address", "model", "running", "waiting", "free blocks", "KV over", "seen", ""
+    )
     for view in sorted(workers, key=lambda view: (view.info.role.value, view.info.worker_id)):
         info, load = view.info, view.info.load
         is_store = info.role is Role.STORE
@@ -81,6 +69,7 @@ def _table(workers: Sequence[WorkerView]) -> Table:
             "" if is_store else str(load.num_running),
             "" if is_store else str(load.num_waiting),
             f"{load.num_free_blocks} of {load.num_blocks}" if load.num_blocks else "",
+            info.kv_transports.replace(",", ", "),
             f"{view.age_s:.1f} s ago",
             Text(f"{lacking}: {view.excluded_because}" if view.excluded_because else "", "yellow"),
         )

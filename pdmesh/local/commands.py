@@ -39,11 +39,18 @@ def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> Cl
         *("--redis-url", redis_url, "--cluster", config.cluster),
         *("--log-level", config.log_level, "--drain-s", str(config.drain_s)),
     )
-    router = ("router", config.model, "--host", config.host, "--port", str(router_port), *common, *_hand_off(config))
-    workers = {
-        worker_id: _service(worker_id, (*_worker_arguments(config, role, worker_id), *common))
+    router = (
+        *("router", config.model, "--host", config.host, "--port", str(router_port)),
+        *(*common, *_metrics(config, 0), *_hand_off(config)),
+    )
+    worker_ids = [
+        (role, f"{role.value}-{number}{suffix}")
         for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
-        for worker_id in (f"{role.value}-{number}{suffix}" for number in range(count))
+        for number in range(count)
+    ]
+    workers = {
+        worker_id: _service(worker_id, (*_worker_arguments(config, role, worker_id), *common, *_metrics(config, place)))
+        for place, (role, worker_id) in enumerate(worker_ids, start=1)
     }
     return ClusterCommands(redis_url, valkey, _service("router", router), workers)
 
@@ -62,6 +69,11 @@ def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[
 
 def _transports(config: LocalConfig) -> tuple[str, ...]:
     return ("--transports", config.transports) if config.transports is not None else ()
+
+
+def _metrics(config: LocalConfig, place: int) -> tuple[str, ...]:
+    # Said in any case: the same PDMESH_METRICS_PORT, inherited by all, would be one port for several.
+    return ("--metrics-port", str(config.metrics_port + place if config.metrics_port else 0))
 
 
 def _hand_off(config: LocalConfig) -> tuple[str, ...]:

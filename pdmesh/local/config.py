@@ -19,6 +19,9 @@ class LocalConfig:
     decode: int = option("decode workers", default=1)
     host: str = option("address that the router listens on", default="127.0.0.1")
     port: int = option("port that the router listens on; 0 takes a free one", default=50051)
+    metrics_port: int = option(
+        "HTTP port of the router's /metrics; each worker's is one of the next, in order; 0 serves none", default=0
+    )
     redis_url: str | None = option("Redis to use; default: an embedded Valkey of this cluster's own", default=None)
     cluster: str = option("name that keeps clusters on one Redis apart", default="default")
     dtype: str = option(
@@ -47,6 +50,11 @@ class LocalConfig:
             raise ConfigError(f"--num-threads is {self.num_threads}: must be at least 1")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}: must lie in [0, 65535]")
+        if not 0 <= self.metrics_port <= 65535 - self.prefill - self.decode:
+            raise ConfigError(
+                f"--metrics-port is {self.metrics_port}: it and {self.prefill + self.decode} ports after it, one for "
+                "each worker, must lie in [0, 65535]"
+            )
         if self.drain_s < 0:
             raise ConfigError(f"--drain-s is {self.drain_s}: must not be negative")
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from pdmesh.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,66 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _TransferDirection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransferDirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransferDirection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFER_DIRECTION_UNSPECIFIED: _TransferDirection.ValueType  # 0
+    TRANSFER_DIRECTION_SENDING: _TransferDirection.ValueType  # 1
+    """From here to another worker."""
+    TRANSFER_DIRECTION_RECEIVING: _TransferDirection.ValueType  # 2
+    """Another worker writes them here."""
+    TRANSFER_DIRECTION_FETCHING: _TransferDirection.ValueType  # 3
+    """From a tier or a shared store to here."""
+
+class TransferDirection(_TransferDirection, metaclass=_TransferDirectionEnumTypeWrapper):
+    """Which way a transfer's bytes go, seen from the process that reports it."""
+
+TRANSFER_DIRECTION_UNSPECIFIED: TransferDirection.ValueType  # 0
+TRANSFER_DIRECTION_SENDING: TransferDirection.ValueType  # 1
+"""From here to another worker."""
+TRANSFER_DIRECTION_RECEIVING: TransferDirection.ValueType  # 2
+"""Another worker writes them here."""
+TRANSFER_DIRECTION_FETCHING: TransferDirection.ValueType  # 3
+"""From a tier or a shared store to here."""
+Global___TransferDirection: _TypeAlias = TransferDirection  # noqa: Y015
+
+class _TransferOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransferOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransferOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSFER_OUTCOME_UNSPECIFIED: _TransferOutcome.ValueType  # 0
+    TRANSFER_OUTCOME_DONE: _TransferOutcome.ValueType  # 1
+    TRANSFER_OUTCOME_ABORTED: _TransferOutcome.ValueType  # 2
+    """The receiver or the client gave up."""
+    TRANSFER_OUTCOME_LOST: _TransferOutcome.ValueType  # 3
+    """The peer or the connection to it was lost."""
+    TRANSFER_OUTCOME_LEASE_EXPIRED: _TransferOutcome.ValueType  # 4
+    TRANSFER_OUTCOME_CORRUPTED: _TransferOutcome.ValueType  # 5
+    """Bytes failed their checksum or shape."""
+    TRANSFER_OUTCOME_REFUSED: _TransferOutcome.ValueType  # 6
+    """The ticket was unknown, used, or of a past attempt or process."""
+
+class TransferOutcome(_TransferOutcome, metaclass=_TransferOutcomeEnumTypeWrapper):
+    """How a transfer ended."""
+
+TRANSFER_OUTCOME_UNSPECIFIED: TransferOutcome.ValueType  # 0
+TRANSFER_OUTCOME_DONE: TransferOutcome.ValueType  # 1
+TRANSFER_OUTCOME_ABORTED: TransferOutcome.ValueType  # 2
+"""The receiver or the client gave up."""
+TRANSFER_OUTCOME_LOST: TransferOutcome.ValueType  # 3
+"""The peer or the connection to it was lost."""
+TRANSFER_OUTCOME_LEASE_EXPIRED: TransferOutcome.ValueType  # 4
+TRANSFER_OUTCOME_CORRUPTED: TransferOutcome.ValueType  # 5
+"""Bytes failed their checksum or shape."""
+TRANSFER_OUTCOME_REFUSED: TransferOutcome.ValueType  # 6
+"""The ticket was unknown, used, or of a past attempt or process."""
+Global___TransferOutcome: _TypeAlias = TransferOutcome  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):
@@ -211,3 +272,361 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class WorkerListTransfersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerListTransfersRequest: _TypeAlias = WorkerListTransfersRequest  # noqa: Y015
+
+@_typing.final
+class WorkerListTransfersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___TransferReport: ...
+    def __init__(
+        self,
+        *,
+        report: Global___TransferReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerListTransfersResponse: _TypeAlias = WorkerListTransfersResponse  # noqa: Y015
+
+@_typing.final
+class ClusterListTransfersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterListTransfersRequest: _TypeAlias = ClusterListTransfersRequest  # noqa: Y015
+
+@_typing.final
+class ClusterListTransfersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerTransfers]: ...
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerTransfers] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterListTransfersResponse: _TypeAlias = ClusterListTransfersResponse  # noqa: Y015
+
+@_typing.final
+class WorkerTransfers(_message.Message):
+    """What one worker answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    role: _common_pb2.Role.ValueType
+    address: _builtins.str
+    error: _builtins.str
+    @_builtins.property
+    def report(self) -> Global___TransferReport:
+        """Absent where it did not answer; then `error` says why."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        role: _common_pb2.Role.ValueType = ...,
+        address: _builtins.str = ...,
+        report: Global___TransferReport | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "error", b"error", "report", b"report", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerTransfers: _TypeAlias = WorkerTransfers  # noqa: Y015
+
+@_typing.final
+class TransferReport(_message.Message):
+    """What one process knows of its KV transfers. Ages and durations count back from the moment of the answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIVE_FIELD_NUMBER: _builtins.int
+    NUM_LIVE_FIELD_NUMBER: _builtins.int
+    NUM_TICKETS_FIELD_NUMBER: _builtins.int
+    NUM_LEASES_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    num_live: _builtins.int
+    num_tickets: _builtins.int
+    """Tickets that a sender could still use."""
+    num_leases: _builtins.int
+    """Block leases held for transfers and imported prompts."""
+    @_builtins.property
+    def live(self) -> _containers.RepeatedCompositeFieldContainer[Global___LiveTransfer]:
+        """Oldest first, at most 1024; `num_live` counts all."""
+
+    @_builtins.property
+    def totals(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferTotal]:
+        """Since the process started."""
+
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportChoice]:
+        """The last choice for each peer, latest first."""
+
+    @_builtins.property
+    def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportFallback]: ...
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransferFailure]:
+        """The last ones, latest first."""
+
+    def __init__(
+        self,
+        *,
+        live: _abc.Iterable[Global___LiveTransfer] | None = ...,
+        num_live: _builtins.int = ...,
+        num_tickets: _builtins.int = ...,
+        num_leases: _builtins.int = ...,
+        totals: _abc.Iterable[Global___TransferTotal] | None = ...,
+        choices: _abc.Iterable[Global___TransportChoice] | None = ...,
+        fallbacks: _abc.Iterable[Global___TransportFallback] | None = ...,
+        failures: _abc.Iterable[Global___TransferFailure] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "failures", b"failures", "fallbacks", b"fallbacks", "live", b"live", "num_leases", b"num_leases", "num_live", b"num_live", "num_tickets", b"num_tickets", "totals", b"totals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferReport: _TypeAlias = TransferReport  # noqa: Y015
+
+@_typing.final
+class LiveTransfer(_message.Message):
+    """A transfer that has begun and not ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    direction: Global___TransferDirection.ValueType
+    request_id: _builtins.str
+    peer: _builtins.str
+    transport: _builtins.str
+    state: _builtins.str
+    """What it waits for or does now, in words."""
+    num_blocks: _builtins.int
+    num_bytes: _builtins.int
+    """To move in all."""
+    age_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        direction: Global___TransferDirection.ValueType = ...,
+        request_id: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        state: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "direction", b"direction", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "peer", b"peer", "request_id", b"request_id", "state", b"state", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LiveTransfer: _TypeAlias = LiveTransfer  # noqa: Y015
+
+@_typing.final
+class TransferTotal(_message.Message):
+    """All ended transfers of one direction over one transport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    NUM_DONE_FIELD_NUMBER: _builtins.int
+    NUM_ABORTED_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_PARTS_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    direction: Global___TransferDirection.ValueType
+    transport: _builtins.str
+    num_done: _builtins.int
+    num_aborted: _builtins.int
+    """Neither done nor failed: somebody gave up."""
+    num_failed: _builtins.int
+    num_bytes: _builtins.int
+    """Of those that are done."""
+    num_parts: _builtins.int
+    duration_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        direction: Global___TransferDirection.ValueType = ...,
+        transport: _builtins.str = ...,
+        num_done: _builtins.int = ...,
+        num_aborted: _builtins.int = ...,
+        num_failed: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        num_parts: _builtins.int = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "duration_s", b"duration_s", "num_aborted", b"num_aborted", "num_bytes", b"num_bytes", "num_done", b"num_done", "num_failed", b"num_failed", "num_parts", b"num_parts", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferTotal: _TypeAlias = TransferTotal  # noqa: Y015
+
+@_typing.final
+class TransportChoice(_message.Message):
+    """Which transport was chosen for a peer, and why no better one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    transport: _builtins.str
+    reason: _builtins.str
+    age_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "peer", b"peer", "reason", b"reason", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportChoice: _TypeAlias = TransportChoice  # noqa: Y015
+
+@_typing.final
+class TransportFallback(_message.Message):
+    """A transport that gave way to the next one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_TRANSPORT_FIELD_NUMBER: _builtins.int
+    TO_TRANSPORT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    from_transport: _builtins.str
+    to_transport: _builtins.str
+    reason: _builtins.str
+    count: _builtins.int
+    age_s: _builtins.float
+    """Since the last time."""
+    def __init__(
+        self,
+        *,
+        from_transport: _builtins.str = ...,
+        to_transport: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "count", b"count", "from_transport", b"from_transport", "reason", b"reason", "to_transport", b"to_transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransportFallback: _TypeAlias = TransportFallback  # noqa: Y015
+
+@_typing.final
+class TransferFailure(_message.Message):
+    """A transfer that ended and moved not all of its bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    direction: Global___TransferDirection.ValueType
+    request_id: _builtins.str
+    peer: _builtins.str
+    transport: _builtins.str
+    outcome: Global___TransferOutcome.ValueType
+    reason: _builtins.str
+    num_bytes: _builtins.int
+    """That were moved before it failed."""
+    age_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        direction: Global___TransferDirection.ValueType = ...,
+        request_id: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        transport: _builtins.str = ...,
+        outcome: Global___TransferOutcome.ValueType = ...,
+        reason: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "direction", b"direction", "num_bytes", b"num_bytes", "outcome", b"outcome", "peer", b"peer", "reason", b"reason", "request_id", b"request_id", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferFailure: _TypeAlias = TransferFailure  # noqa: Y015

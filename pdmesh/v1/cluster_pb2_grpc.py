@@ -45,6 +45,11 @@ class ClusterStub:
                 request_serializer=pdmesh_dot_v1_dot_cluster__pb2.DrainWorkerRequest.SerializeToString,
                 response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.DrainWorkerResponse.FromString,
                 _registered_method=True)
+        self.ListTransfers = channel.unary_unary(
+                '/pdmesh.v1.Cluster/ListTransfers',
+                request_serializer=pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -64,6 +69,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTransfers(self, request, context):
+        """Asks every worker at once what it knows of its KV transfers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.DrainWorker,
                     request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.DrainWorkerRequest.FromString,
                     response_serializer=pdmesh_dot_v1_dot_cluster__pb2.DrainWorkerResponse.SerializeToString,
+            ),
+            'ListTransfers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTransfers,
+                    request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -143,6 +160,33 @@ class Cluster:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ListTransfers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.Cluster/ListTransfers',
+            pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersRequest.SerializeToString,
+            pdmesh_dot_v1_dot_cluster__pb2.ClusterListTransfersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class WorkerStub:
     """Served by each prefill and decode worker, and by stores.
@@ -164,6 +208,11 @@ class WorkerStub:
                 request_serializer=pdmesh_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
                 response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ListTransfers = channel.unary_unary(
+                '/pdmesh.v1.Worker/ListTransfers',
+                request_serializer=pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -182,6 +231,12 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTransfers(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -194,6 +249,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.DrainRequest.FromString,
                     response_serializer=pdmesh_dot_v1_dot_cluster__pb2.DrainResponse.SerializeToString,
+            ),
+            'ListTransfers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTransfers,
+                    request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -251,6 +311,33 @@ class Worker:
             '/pdmesh.v1.Worker/Drain',
             pdmesh_dot_v1_dot_cluster__pb2.DrainRequest.SerializeToString,
             pdmesh_dot_v1_dot_cluster__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTransfers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.Worker/ListTransfers',
+            pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersRequest.SerializeToString,
+            pdmesh_dot_v1_dot_cluster__pb2.WorkerListTransfersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,6 +36,8 @@ class ClusterStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListWorkersRequest, _cluster_pb2.ListWorkersResponse]
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainWorkerRequest, _cluster_pb2.DrainWorkerResponse]
     """Asks one worker to finish what it has, take nothing new, and leave."""
+    ListTransfers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ClusterListTransfersRequest, _cluster_pb2.ClusterListTransfersResponse]
+    """Asks every worker at once what it knows of its KV transfers."""
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -45,6 +47,8 @@ class ClusterAsyncStub(ClusterStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListWorkersRequest, _cluster_pb2.ListWorkersResponse]  # type: ignore[assignment]
     DrainWorker: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainWorkerRequest, _cluster_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """Asks one worker to finish what it has, take nothing new, and leave."""
+    ListTransfers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ClusterListTransfersRequest, _cluster_pb2.ClusterListTransfersResponse]  # type: ignore[assignment]
+    """Asks every worker at once what it knows of its KV transfers."""
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
     """Served by a router: the cluster as that router sees it."""
@@ -64,6 +68,14 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_cluster_pb2.DrainWorkerResponse, _abc.Awaitable[_cluster_pb2.DrainWorkerResponse]]:
         """Asks one worker to finish what it has, take nothing new, and leave."""
 
+    @_abc_1.abstractmethod
+    def ListTransfers(
+        self,
+        request: _cluster_pb2.ClusterListTransfersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.ClusterListTransfersResponse, _abc.Awaitable[_cluster_pb2.ClusterListTransfersResponse]]:
+        """Asks every worker at once what it knows of its KV transfers."""
+
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class WorkerStub:
@@ -75,6 +87,7 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]
     Drain: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]
+    ListTransfers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.WorkerListTransfersRequest, _cluster_pb2.WorkerListTransfersResponse]
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -83,6 +96,7 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetStatusRequest, _cluster_pb2.GetStatusResponse]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainRequest, _cluster_pb2.DrainResponse]  # type: ignore[assignment]
+    ListTransfers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.WorkerListTransfersRequest, _cluster_pb2.WorkerListTransfersResponse]  # type: ignore[assignment]
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     """Served by each prefill and decode worker, and by stores."""
@@ -100,5 +114,12 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.DrainResponse, _abc.Awaitable[_cluster_pb2.DrainResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListTransfers(
+        self,
+        request: _cluster_pb2.WorkerListTransfersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.WorkerListTransfersResponse, _abc.Awaitable[_cluster_pb2.WorkerListTransfersResponse]]: ...
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

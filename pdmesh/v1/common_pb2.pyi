@@ -460,6 +460,7 @@ class WorkerInfo(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TRANSPORTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Drawn at each process start; fences a predecessor at the same address."""
@@ -470,6 +471,8 @@ class WorkerInfo(_message.Message):
     loaded_bytes: _builtins.int
     """While loading: bytes of weights read and in all."""
     total_bytes: _builtins.int
+    kv_transports: _builtins.str
+    """Transports over which its KV travels, separated by commas; empty before the first choice of one."""
     @_builtins.property
     def facts(self) -> Global___PairingFacts:
         """Absent while loading."""
@@ -491,10 +494,11 @@ class WorkerInfo(_message.Message):
         load: Global___Load | None = ...,
         loaded_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        kv_transports: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "facts", b"facts", "incarnation", b"incarnation", "load", b"load", "loaded_bytes", b"loaded_bytes", "model", b"model", "role", b"role", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "facts", b"facts", "incarnation", b"incarnation", "kv_transports", b"kv_transports", "load", b"load", "loaded_bytes", b"loaded_bytes", "model", b"model", "role", b"role", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

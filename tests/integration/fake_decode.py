@@ -62,6 +62,7 @@ class FakeDecode:
         refuse_with: Raised for each request before any token.
         gate: Where set, waited for before the first token.
         first_index: Skew of the absolute indices that it sends.
+        silent: Does not answer what it is asked about itself.
         requests: All that came.
         times_left: Seconds that each request had left when it came.
         cancelled: Set when a request was cancelled under it.
@@ -79,6 +80,7 @@ class FakeDecode:
     state: WorkerState = WorkerState.READY
     role: Role = Role.DECODE
     facts: PairingFacts = FACTS
+    silent: bool = False
     requests: list[decode_pb2.DecodeGenerateRequest] = field(default_factory=list)
     times_left: list[float] = field(default_factory=list)
     num_running: int = 0
@@ -223,6 +225,13 @@ class _Worker(cluster_pb2_grpc.WorkerServicer):
 
     async def GetStatus(self, request: cluster_pb2.GetStatusRequest, context: object) -> cluster_pb2.GetStatusResponse:
         return cluster_pb2.GetStatusResponse(info=self._fake.info.to_pb())
+
+    async def ListTransfers(
+        self, request: cluster_pb2.WorkerListTransfersRequest, context: object
+    ) -> cluster_pb2.WorkerListTransfersResponse:
+        if self._fake.silent:
+            await asyncio.Event().wait()
+        return cluster_pb2.WorkerListTransfersResponse(report=cluster_pb2.TransferReport(num_tickets=3))
 
     async def Drain(self, request: cluster_pb2.DrainRequest, context: object) -> cluster_pb2.DrainResponse:
         self._fake.drained = True

@@ -1,16 +1,15 @@
 """A prefill worker learns who has computed the beginning of its prompt, and computes the same tokens all the same."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from kvstore.transfer.base import Grant
 from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import KVSource, WorkerState
-from prefill.worker import Event, PrefillWorker, Prompt
+from prefill.worker import Event, Message, PrefillWorker, Prompt
 from tests.directory_stores import View, eventually, watching
 from tests.mesh import Mesh
 from tests.tiny_models import VOCAB_SIZE
@@ -25,10 +24,10 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
     run = PrefillWorker.run
 
     async def noting(
-        self: PrefillWorker, prompt: Prompt, grant: Awaitable[Grant], emit: Callable[[Event], None]
+        self: PrefillWorker, prompt: Prompt, messages: AsyncIterator[Message], emit: Callable[[Event], None]
     ) -> None:
         asked.append(prompt)
-        await run(self, prompt, grant, emit)
+        await run(self, prompt, messages, emit)
 
     monkeypatch.setattr(PrefillWorker, "run", noting)
     return asked

@@ -519,6 +519,20 @@ async def test_other_calls(model: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_transfers_are_told_of_all_workers_though_one_is_silent(model: Path) -> None:
+    directory = MemoryDirectory()
+    workers = [FakeDecode(directory, "decode-0"), FakeDecode(directory, "decode-1", silent=True)]
+    async with routing(model, *workers) as bed:
+        await bed.until_known(2)
+        asked_at = asyncio.get_running_loop().time()
+        response = await bed.cluster.ListTransfers(cluster_pb2.ClusterListTransfersRequest(), timeout=10)
+        assert asyncio.get_running_loop().time() - asked_at < 5
+        well, silent = response.workers
+        assert (well.worker_id, well.report.num_tickets, well.error) == ("decode-0", 3, "")
+        assert (silent.worker_id, silent.HasField("report")) == ("decode-1", False)
+        assert "within 2 s" in silent.error
+
+
 async def test_reflection_lists_the_services(model: Path) -> None:
     async with starting(model, MemoryDirectory()) as bed:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(bed.channel)  # type: ignore[arg-type]  # stubs know sync only

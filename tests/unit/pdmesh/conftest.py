@@ -64,14 +64,24 @@ class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
     def __init__(self) -> None:
         self.drained: list[str] = []
         loading = common_pb2.WorkerInfo(
-            worker_id="w", role=common_pb2.ROLE_DECODE, state=common_pb2.WORKER_STATE_LOADING, loaded_bytes=1
+            worker_id="w",
+            role=common_pb2.ROLE_DECODE,
+            state=common_pb2.WORKER_STATE_LOADING,
+            loaded_bytes=1,
+            kv_transports="shm,tcp",
         )
         self.workers = [cluster_pb2.WorkerView(info=loading, age_s=0.5, excluded_because="loading")]
+        self.transfers = cluster_pb2.ClusterListTransfersResponse()
 
     async def ListWorkers(
         self, request: cluster_pb2.ListWorkersRequest, context: Any
     ) -> cluster_pb2.ListWorkersResponse:
         return cluster_pb2.ListWorkersResponse(workers=self.workers)
+
+    async def ListTransfers(
+        self, request: cluster_pb2.ClusterListTransfersRequest, context: Any
+    ) -> cluster_pb2.ClusterListTransfersResponse:
+        return self.transfers
 
     async def DrainWorker(
         self, request: cluster_pb2.DrainWorkerRequest, context: Any

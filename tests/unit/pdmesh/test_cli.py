@@ -13,7 +13,7 @@ from pdmesh.cli.loading import loading_display
 from pdmesh.cli.main import main
 from pdmesh.local.cluster import WorkerProcess
 from pdmesh.types import Load, Role, WorkerInfo, WorkerState
-from pdmesh.v1 import cluster_pb2
+from pdmesh.v1 import cluster_pb2, common_pb2
 from tests.unit.pdmesh.conftest import EchoServer
 
 Run = Callable[..., "asyncio.Future[int]"]
@@ -68,6 +68,7 @@ async def test_status_names_each_worker_and_why_it_gets_nothing(
     assert columns.split()[:3] == ["worker", "role", "state"]
     assert row.split()[:3] == ["w", "decode", "loading"]
     assert "no requests: loading" in row
+    assert "shm, tcp" in row
 
 
 async def test_status_says_of_a_store_what_it_holds_and_nothing_of_requests(
@@ -94,6 +95,78 @@ async def test_status_json(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
+def report_of_everything() -> cluster_pb2.ClusterListTransfersResponse:
+    report = cluster_pb2.TransferReport(
+        num_live=1,
+        num_tickets=2,
+        num_leases=3,
+        live=[
+            cluster_pb2.LiveTransfer(
+                direction=cluster_pb2.TRANSFER_DIRECTION_RECEIVING, request_id="r1", peer="prefill-0", transport="shm",
+                state="waiting for [the] sender", num_blocks=4, num_bytes=2_500_000, age_s=1.25,
+            )
+        ],
+        totals=[
+            cluster_pb2.TransferTotal(
+                direction=cluster_pb2.TRANSFER_DIRECTION_RECEIVING, transport="tcp", num_done=4, num_aborted=2,
+                num_failed=1, num_bytes=8_000_000, num_parts=16, duration_s=0.5,
+            )
+        ],
+        choices=[cluster_pb2.TransportChoice(peer="prefill-9", transport="tcp", reason="shm: other host", age_s=300)],
+        fallbacks=[
+            cluster_pb2.TransportFallback(
+                from_transport="tcp", to_transport="grpc", reason="RECEIVER_LOST", count=7, age_s=2
+            )
+        ],
+        failures=[
+            cluster_pb2.TransferFailure(
+                direction=cluster_pb2.TRANSFER_DIRECTION_RECEIVING, request_id="r0", peer="prefill-0", transport="tcp",
+                outcome=cluster_pb2.TRANSFER_OUTCOME_LEASE_EXPIRED, reason="LEASE_EXPIRED: too late", age_s=5,
+            )
+        ],
+    )  # fmt: skip
+    well = cluster_pb2.WorkerTransfers(worker_id="d0", role=common_pb2.ROLE_DECODE, address="h:1", report=report)
+    ill = cluster_pb2.WorkerTransfers(worker_id="p0", role=common_pb2.ROLE_PREFILL, address="h:2", error="too late")
+    return cluster_pb2.ClusterListTransfersResponse(workers=[well, ill])
+
+
+async def test_transfers_shows_what_each_worker_says_or_why_it_does_not(
+    pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    echo.cluster.transfers = report_of_everything()
+    assert await pdmesh("transfers") == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row.startswith(("d0", "p0"))] == [
+        "d0 decode h:1 1 2 3",
+        "p0 prefill h:2 no answer: too late",
+        "d0 receiving prefill-0 shm 4 2.5 MB 1.2 s r1 waiting for [the] sender",
+        "d0 receiving tcp 4 2 1 8.0 MB 125.0 ms 16.0 MB/s",
+        "d0 prefill-9 tcp 5 min ago shm: other host",
+        "d0 tcp grpc 7 2 s ago RECEIVER_LOST",
+        "d0 5 s ago receiving prefill-0 tcp lease expired 0 B r0 LEASE_EXPIRED: too late",
+    ]
+
+
+async def test_transfers_leaves_out_what_there_is_none_of(
+    pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await pdmesh("transfers") == 0
+    assert capsys.readouterr().out == "no workers yet\n"
+    idle = cluster_pb2.WorkerTransfers(worker_id="d0", role=common_pb2.ROLE_DECODE, report=cluster_pb2.TransferReport())
+    echo.cluster.transfers.workers.append(idle)
+    assert await pdmesh("transfers") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][1:] == [["d0", "decode", "0", "0", "0"]]
+
+
+async def test_transfers_json(pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]) -> None:
+    echo.cluster.transfers = report_of_everything()
+    assert await pdmesh("transfers", "--json") == 0
+    well, ill = json.loads(capsys.readouterr().out)["workers"]
+    assert well["report"]["live"][0]["direction"] == "receiving"
+    assert well["report"]["failures"][0]["outcome"] == "lease_expired"
+    assert (ill["role"], ill["report"], ill["error"]) == ("prefill", None, "too late")
+
+
 async def test_drain(pdmesh: Run, echo: EchoServer) -> None:
     assert await pdmesh("drain", "w") == 0
     assert echo.cluster.drained == ["w"]
@@ -105,7 +178,7 @@ async def test_health_is_an_exit_code(pdmesh: Run, echo: EchoServer) -> None:
     assert await pdmesh("health") == 0
 
 
-@pytest.mark.parametrize("command", ["generate", "status", "drain", "chat"])
+@pytest.mark.parametrize("command", ["generate", "status", "transfers", "drain", "chat"])
 def test_nobody_there_is_one_line_with_the_remedy(
     command: str, unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,15 @@ def test_settings_reach_those_whom_they_concern(tmp_path: Path) -> None:
     assert "--transports" not in prefill
 
 
+def test_each_process_serves_its_metrics_on_a_port_of_its_own(tmp_path: Path) -> None:
+    def ports(metrics_port: int) -> list[str]:
+        commands = cluster_commands(LocalConfig(model="m", decode=2, metrics_port=metrics_port), 1, tmp_path)
+        return [argument(spec.command, "--metrics-port") for spec in (commands.router, *commands.workers.values())]
+
+    assert ports(9100) == ["9100", "9101", "9102", "9103"]
+    assert ports(0) == ["0"] * 4
+
+
 def test_a_socket_path_that_no_socket_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shorter --run-dir"):
         cluster_commands(LocalConfig(model="m"), 1, tmp_path / ("x" * 100))
@@ -63,7 +72,9 @@ def test_cores_are_divided_among_workers() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"decode": 0}, {"prefill": -1}, {"num_threads": 0}, {"port": 65536}, {"drain_s": -1.0}], ids=str
+    "values",
+    [{"decode": 0}, {"prefill": -1}, {"num_threads": 0}, {"port": 65536}, {"metrics_port": 65534}, {"drain_s": -1.0}],
+    ids=str,
 )
 def test_values_that_make_no_sense(values: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="--" + next(iter(values)).replace("_", "-")):

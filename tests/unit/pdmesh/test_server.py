@@ -1,6 +1,7 @@
 """The life of a gRPC server: health, errors, counting, drain; and of the process around it."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pdmesh import AsyncClient
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import ConfigError, InternalError
+from pdmesh.errors import ConfigError, InternalError, UnavailableError
 from pdmesh.generation import Chunk
 from pdmesh.health import is_serving
 from pdmesh.server import GrpcServer, run
@@ -109,6 +110,7 @@ class SteppedService:
         self.steps = steps
         self._in_start = in_start
         self._insist = insist
+        self._closed = asyncio.Event()
 
     async def start(self) -> None:
         self.steps.append("start")
@@ -117,7 +119,8 @@ class SteppedService:
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def drain_asked(self) -> None:
-        await asyncio.Event().wait()
+        await self._closed.wait()
+        raise UnavailableError("closed")
 
     async def drain(self) -> None:
         self.steps.append("drain")
@@ -127,6 +130,8 @@ class SteppedService:
 
     async def close(self) -> None:
         self.steps.append("close")
+        self._closed.set()
+        await asyncio.sleep(0)
 
 
 def test_a_signal_drains_and_closes() -> None:
@@ -141,10 +146,16 @@ def test_a_second_signal_ends_the_drain() -> None:
     assert steps == ["start", "drain", "close"]
 
 
-def test_what_a_person_must_mend_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_person_must_mend_is_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     steps: list[str] = []
     with pytest.raises(SystemExit) as raised:
         run(lambda: SteppedService(steps, in_start=ConfigError("no such model")), drain_s=5)
     assert raised.value.code == 2
     assert capsys.readouterr().err == "pdmesh: no such model\n"
+    # The traceback holds the tasks; they tell when they go.
+    del raised
+    gc.collect()
+    assert caplog.text == "", "a task's end that nobody looked at"
     assert steps == ["start", "close"]
