@@ -175,9 +175,9 @@ class Handoff:
                 case "started":
                     started = response.started
                     report.queue_s, report.num_cached_tokens = started.queue_s, started.num_cached_tokens
-                    for name, reason in started.unusable.items():
-                        log.info("KV of %s does not come over %s: %s", report.worker_id, name, reason)
                     report.transport = started.transports[0] if started.transports else ""
+                    reasons = "; ".join(f"{name}: {reason}" for name, reason in started.unusable.items())
+                    self._host.journal.note_choice(report.worker_id, report.transport, reasons or "the best on offer")
                     arriving.transports.set_result(list(started.transports))
                 case "first_token":
                     report.compute_s = response.first_token.compute_s
@@ -213,7 +213,13 @@ class Handoff:
         for number, transport in enumerate(transports):
             report.transport = transport
             async with self._hub.expect(
-                request_id, epoch, target.incarnation, block_ids, hashes[lease.num_cached_blocks :], transport
+                request_id,
+                epoch,
+                target.worker_id,
+                target.incarnation,
+                block_ids,
+                hashes[lease.num_cached_blocks :],
+                transport,
             ) as incoming:
                 arriving.expect(number, incoming)
                 await stream.write(pb.RunRequest(grant=_grant_to_pb(number, incoming.grant)))
@@ -222,6 +228,7 @@ class Handoff:
                 except MeshError as error:
                     if error.reason == "LEASE_EXPIRED" or transport == transports[-1]:
                         raise
+                    self._host.journal.note_fallback(transport, transports[number + 1], error.reason)
                     log.warning(
                         "KV over %s failed, taking %s: %s", transport, transports[number + 1], error.message,
                         extra={"request_id": request_id, "reason": error.reason},

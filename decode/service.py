@@ -27,6 +27,7 @@ class DecodeService:
             self.host.server,
             listen.host,
             listen.advertised_host,
+            self.host.journal,
         )
         self.host.num_tickets = lambda: self._hub.num_open_tickets
         self._handoff = Handoff(self.host, engine, self._hub, self._channels)

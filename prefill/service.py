@@ -19,7 +19,7 @@ class PrefillService:
     def __init__(self, config: PrefillConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.PREFILL, engine, directory)
         self._channels = ChannelPool()
-        self._senders = KVSenders(EngineMemory(engine), self.host.incarnation, self._channels.get)
+        self._senders = KVSenders(EngineMemory(engine), self.host.incarnation, self._channels.get, self.host.journal)
         worker = PrefillWorker(engine, self._senders)
         servicer = PrefillServicer(self.host, worker)
         self.host.server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "pdmesh.v1.Prefill")

@@ -87,7 +87,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             )
         offers = [TransportOffer(offer.name, offer.address) for offer in start.offers]
         sources = tuple(KVSource.from_pb(source) for source in start.sources)
-        return Prompt(start.request_id, request, start.num_held_blocks, offers, sources)
+        return Prompt(start.request_id, request, start.num_held_blocks, start.decode_worker_id, offers, sources)
 
 
 async def _messages(requests: AsyncIterator[pb.RunRequest]) -> AsyncIterator[Message]:

@@ -86,6 +86,7 @@ class Prompt:
         request_id: The router's id of it, to which the ticket is bound.
         request: What to compute; its id tells attempts apart.
         num_held_blocks: Leading blocks that the decode worker has: they do not travel.
+        decode_worker_id: Who asks.
         offers: Transports on which it receives the others, best first.
         sources: Who else has more of the prompt's KV than this worker, best first.
     """
@@ -93,6 +94,7 @@ class Prompt:
     request_id: str
     request: EngineRequest
     num_held_blocks: int
+    decode_worker_id: str
     offers: Sequence[TransportOffer]
     sources: tuple[KVSource, ...] = ()
 
@@ -120,11 +122,11 @@ class PrefillWorker:
             # The shipment is closed first: it reads blocks that the engine then takes back.
             async with (
                 aclosing(self._engine.prefill(prompt.request)) as updates,
-                aclosing(Shipment(self._engine.memory, self._senders, prompt.request_id, on_failed)) as shipment,
+                aclosing(self._shipment(prompt, on_failed)) as shipment,
             ):
                 async with asyncio.TaskGroup() as group:
                     listening = group.create_task(_listen(messages, shipment))
-                    negotiating = group.create_task(self._senders.negotiate(prompt.offers))
+                    negotiating = group.create_task(self._senders.negotiate(prompt.offers, prompt.decode_worker_id))
                     computing = group.create_task(self._compute(prompt, updates, negotiating, shipment, emit))
                     # Before the last block is computed it ends only by failing: then computing on is of no use.
                     stats = await shipment.wait()
@@ -133,6 +135,9 @@ class PrefillWorker:
                 emit(Complete(stats))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from failed
+
+    def _shipment(self, prompt: Prompt, on_failed: Callable[[int, MeshError], None]) -> Shipment:
+        return Shipment(self._engine.memory, self._senders, prompt.request_id, prompt.decode_worker_id, on_failed)
 
     async def _compute(
         self,

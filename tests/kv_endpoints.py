@@ -14,8 +14,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
+from prometheus_client import CollectorRegistry
+
 from engine.host_memory import shared_memory
 from kvstore.transfer.base import Grant, KVSender
+from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
@@ -24,6 +27,7 @@ from pdmesh.server import GrpcServer
 
 REQUEST_ID = "request"
 EPOCH = 3
+SENDER_ID = "prefill-0"
 INCARNATION = "sender-1"
 THREAD_END_TIMEOUT_S = 2.0
 
@@ -35,6 +39,10 @@ def hash_of(place: int) -> BlockHash:
 
 def hashes(num_blocks: int, first: int = 0) -> list[BlockHash]:
     return [hash_of(place) for place in range(first, first + num_blocks)]
+
+
+def new_journal() -> TransferJournal:
+    return TransferJournal(CollectorRegistry())
 
 
 class BytesMemory:
@@ -84,7 +92,7 @@ class Endpoints:
 
     def expect(self, block_ids: Sequence[int], request_id: str = REQUEST_ID) -> IncomingTransfer:
         block_hashes = hashes(len(block_ids))
-        return self.hub.expect(request_id, EPOCH, INCARNATION, block_ids, block_hashes, self.transport)
+        return self.hub.expect(request_id, EPOCH, SENDER_ID, INCARNATION, block_ids, block_hashes, self.transport)
 
     def sender(self, grant: Grant, via: str | None = None, request_id: str = REQUEST_ID) -> KVSender:
         """A sender for `grant`, through a proxy's address if given."""
@@ -100,9 +108,9 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
     """Both ends, started; afterwards nothing is left of them, no ticket and no thread."""
     source, target = BytesMemory(num_blocks, block_bytes, seed=1), BytesMemory(num_blocks, block_bytes)
     server = GrpcServer("127.0.0.1", 0)
-    hub = ReceiverHub(target, [transport], server, "127.0.0.1", "127.0.0.1")
+    hub = ReceiverHub(target, [transport], server, "127.0.0.1", "127.0.0.1", new_journal())
     channels = ChannelPool()
-    senders = KVSenders(source, INCARNATION, channels.get)
+    senders = KVSenders(source, INCARNATION, channels.get, new_journal())
     ends = Endpoints(transport, source, target, hub, server, senders)
     try:
         await server.start()
@@ -124,7 +132,7 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
 
 async def _send_all_but_the_last(grant: Grant, num_blocks: int, block_bytes: int) -> None:
     channels = ChannelPool()
-    senders = KVSenders(BytesMemory(num_blocks, block_bytes, seed=1), INCARNATION, channels.get)
+    senders = KVSenders(BytesMemory(num_blocks, block_bytes, seed=1), INCARNATION, channels.get, new_journal())
     sender = senders.sender(grant, REQUEST_ID)
     await sender.open()
     await sender.send(0, range(num_blocks - 1), hashes(num_blocks - 1))

@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.transfer.bare import BareSocket, move_by_stream
 from bench.transfer.memory import PlainMemory
-from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID, hashes
+from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID, hashes, new_journal
 from kvstore.transfer.base import Grant
 from kvstore.transfer.senders import TRANSPORTS, KVSenders
 from pdmesh.channels import ChannelPool
@@ -117,7 +117,7 @@ async def _ways(stack: contextlib.AsyncExitStack, receiver: Receiver, memory: Pl
     addresses = await receiver.read()
     channels = ChannelPool()
     stack.push_async_callback(channels.aclose)
-    senders = KVSenders(memory, INCARNATION, channels.get)
+    senders = KVSenders(memory, INCARNATION, channels.get, new_journal())
     stack.push_async_callback(senders.aclose)
     copy = np.zeros(memory.num_blocks * memory.block_bytes, np.uint8)
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import grpc
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from bench.transfer.bare import BareSockets, BareStreams
 from bench.transfer.memory import PlainMemory
+from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.channels import SERVER_OPTIONS
@@ -25,6 +27,10 @@ from pdmesh.server import GrpcServer
 
 REQUEST_ID, EPOCH, INCARNATION = "bench", 1, "bench-sender"
 _HOST = "127.0.0.1"
+
+
+def new_journal() -> TransferJournal:
+    return TransferJournal(CollectorRegistry())
 
 
 def hashes(num_blocks: int) -> list[BlockHash]:
@@ -36,7 +42,7 @@ class _Receiving:
     def __init__(self, memory: PlainMemory) -> None:
         self._memory = memory
         self._server = GrpcServer(_HOST, 0)
-        self._hub = ReceiverHub(memory, TRANSPORTS, self._server, _HOST, _HOST)
+        self._hub = ReceiverHub(memory, TRANSPORTS, self._server, _HOST, _HOST, new_journal())
         self._sockets = BareSockets(memory.bytes)
         self._bare = grpc.aio.server(options=SERVER_OPTIONS)
         self._bare.add_generic_rpc_handlers((BareStreams(memory.bytes),))
@@ -62,7 +68,7 @@ class _Receiving:
         if "expect" in request:
             block_ids = range(request["blocks"])
             self._incoming = self._hub.expect(
-                REQUEST_ID, EPOCH, INCARNATION, block_ids, hashes(len(block_ids)), request["expect"]
+                REQUEST_ID, EPOCH, "bench", INCARNATION, block_ids, hashes(len(block_ids)), request["expect"]
             )
             grant = self._incoming.grant
             return {"ticket": grant.ticket.hex(), "epoch": grant.epoch, "address": grant.address}

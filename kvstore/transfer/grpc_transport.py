@@ -68,7 +68,7 @@ class GrpcReceiver:
             raise TicketError("a push begins with its ticket", stage="transfer")
         incoming = self._tickets.redeem(
             opening.open.ticket, opening.open.epoch, opening.open.request_id, opening.open.sender_incarnation,
-            _stopper_of_current_task(),
+            "grpc", _stopper_of_current_task(),
         )  # fmt: skip
         try:
             # The ticket is taken; see GrpcSender.open.

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats, TransportOffer
 from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
+from kvstore.transfer.journal import TransferEntry, TransferJournal
 from kvstore.transfer.shm import ShmReceiver, host_id
 from kvstore.transfer.states import TransferState
 from kvstore.transfer.tcp import TcpReceiver
@@ -16,6 +17,7 @@ from pdmesh.errors import MeshError, PreconditionError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
 from pdmesh.tasks import settled
+from pdmesh.transfers import Direction, Outcome
 
 
 class ReceiverHub:
@@ -27,13 +29,21 @@ class ReceiverHub:
         server: The worker's gRPC server, not started; the grpc transport joins it.
         host: Where other transports listen.
         advertise: Host under which senders reach them.
+        journal: Told of every transfer.
     """
 
     def __init__(
-        self, memory: BlockMemory, transports: Sequence[str], server: GrpcServer, host: str, advertise: str
+        self,
+        memory: BlockMemory,
+        transports: Sequence[str],
+        server: GrpcServer,
+        host: str,
+        advertise: str,
+        journal: TransferJournal,
     ) -> None:
         self._memory = memory
-        self._tickets = TicketTable()
+        self._journal = journal
+        self._tickets = TicketTable(journal.note_fenced_write)
         self._receivers: dict[str, KVReceiver] = {}
         for name in transports:
             if name == "shm" and host_id():
@@ -74,6 +84,7 @@ class ReceiverHub:
         self,
         request_id: str,
         epoch: int,
+        sender_id: str,
         sender_incarnation: str,
         block_ids: Sequence[int],
         block_hashes: Sequence[BlockHash],
@@ -97,18 +108,25 @@ class ReceiverHub:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set)
 
+        block_bytes = self._memory.block_bytes
+        entry = self._journal.begin(
+            Direction.RECEIVING, request_id, sender_id, transport, len(block_ids), len(block_ids) * block_bytes
+        )
         incoming = Incoming(
-            request_id, epoch, sender_incarnation, block_ids, block_hashes, self._memory.block_bytes, on_end
+            request_id, epoch, sender_incarnation, block_ids, block_hashes, block_bytes, entry.first_byte, on_end
         )
         grant = Grant(incoming.ticket, epoch, transport, self._receivers[transport].address)
-        return IncomingTransfer(self._tickets, incoming, ended, grant)
+        return IncomingTransfer(self._tickets, incoming, ended, grant, entry)
 
 
 class IncomingTransfer:
     """One expected transfer. Close it in any case, and free its blocks only then."""
 
-    def __init__(self, tickets: TicketTable, incoming: Incoming, ended: asyncio.Event, grant: Grant) -> None:
+    def __init__(
+        self, tickets: TicketTable, incoming: Incoming, ended: asyncio.Event, grant: Grant, entry: TransferEntry
+    ) -> None:
         self.grant = grant
+        self._entry = entry
         self._tickets = tickets
         self._incoming = incoming
         self._ended = ended
@@ -123,10 +141,13 @@ class IncomingTransfer:
                     await self._ended.wait()
             self._incoming.tick()
         incoming = self._incoming
+        stats = TransferStats(incoming.num_bytes, incoming.num_parts, time.monotonic() - self._started_at)
         if incoming.state is not TransferState.DONE:
             assert incoming.error is not None
+            self._entry.fail(incoming.error, stats.num_bytes, stats.num_parts, stats.duration_s)
             raise incoming.error
-        return TransferStats(incoming.num_bytes, incoming.num_parts, time.monotonic() - self._started_at)
+        self._entry.end(Outcome.DONE, stats.num_bytes, stats.num_parts, stats.duration_s)
+        return stats
 
     def alive(self) -> None:
         """The sender gave a sign of life."""
@@ -142,7 +163,10 @@ class IncomingTransfer:
         self._incoming.revoke()
         if not self._incoming.quiet:
             # A thread that the shutdown of its socket has not woken yet.
+            self._entry.state = "stopping the writer"
             await settled(asyncio.get_running_loop().run_in_executor(None, self._incoming.wait_quiet))
+        incoming = self._incoming
+        self._entry.end(Outcome.ABORTED, incoming.num_bytes, incoming.num_parts, time.monotonic() - self._started_at)
 
     async def __aenter__(self) -> "IncomingTransfer":
         return self

@@ -8,6 +8,7 @@ import grpc
 
 from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransportOffer
 from kvstore.transfer.grpc_transport import GrpcSender
+from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.shm import ShmLink, why_unreachable
 from kvstore.transfer.socket_sender import ConnectionPool, SocketSender
 from kvstore.transfer.tcp import TcpLink
@@ -34,6 +35,7 @@ class KVSenders:
         memory: Where the blocks lie.
         incarnation: This process's; tickets are bound to it.
         channel_for: The gRPC channel to an address.
+        journal: Told of every transfer.
         transports: Names of those to use.
     """
 
@@ -42,16 +44,18 @@ class KVSenders:
         memory: BlockMemory,
         incarnation: str,
         channel_for: Callable[[str], grpc.aio.Channel],
+        journal: TransferJournal,
         transports: Sequence[str] = TRANSPORTS,
     ) -> None:
         self._memory = memory
         self._incarnation = incarnation
         self._channel_for = channel_for
+        self.journal = journal
         self._transports = transports
         self._pools: dict[str, ConnectionPool] = {}
 
-    async def negotiate(self, offers: Sequence[TransportOffer]) -> Negotiation:
-        """Finds out which of the receiver's offers, best first, can be used.
+    async def negotiate(self, offers: Sequence[TransportOffer], receiver_id: str) -> Negotiation:
+        """Finds out which of the offers of the worker `receiver_id`, best first, can be used.
 
         Connects, so that a transfer finds an open connection: do it while the prompt is being computed. Only the best
         one that answers is connected to; those after it are taken at their word.
@@ -79,6 +83,8 @@ class KVSenders:
             raise PreconditionError(
                 f"no KV transport reaches the receiver: {reasons}", reason="NO_COMMON_TRANSPORT", stage="transfer"
             )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items())
+        self.journal.note_choice(receiver_id, usable[0], reasons or "the best on offer")
         return Negotiation(tuple(usable), unusable)
 
     def sender(self, grant: Grant, request_id: str) -> KVSender:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 
 from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransferStats
+from kvstore.transfer.journal import TransferEntry
 from kvstore.transfer.senders import KVSenders
 from kvstore.transfer.states import (
     HEARTBEAT_S,
@@ -35,6 +36,7 @@ from kvstore.transfer.states import (
 from pdmesh.errors import InternalError, MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.tasks import settled
+from pdmesh.transfers import Direction, Outcome
 
 
 class Shipment:
@@ -44,21 +46,30 @@ class Shipment:
         memory: Where the blocks lie.
         senders: Of this worker.
         request_id: To which tickets are bound.
+        receiver_id: The worker at the other end.
         on_failed: Told of each grant that came to nothing: its number, and why.
     """
 
     def __init__(
-        self, memory: BlockMemory, senders: KVSenders, request_id: str, on_failed: Callable[[int, MeshError], None]
+        self,
+        memory: BlockMemory,
+        senders: KVSenders,
+        request_id: str,
+        receiver_id: str,
+        on_failed: Callable[[int, MeshError], None],
     ) -> None:
         self._memory = memory
         self._senders = senders
         self._request_id = request_id
+        self._receiver_id = receiver_id
         self._on_failed = on_failed
         self._now = Sending(expires_at=time.monotonic() + LEASE_S)
         self._grants: dict[int, Grant] = {}
         self._block_ids: Sequence[int] = ()
         self._block_hashes: Sequence[BlockHash] = ()
+        # Of the current grant.
         self._sender: KVSender | None = None
+        self._entry: TransferEntry | None = None
         # What is under way, and who waits for it.
         self._work: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None
@@ -131,19 +142,39 @@ class Shipment:
         await asyncio.wait([work])
         event = _outcome(work)
         if event != Done() or not self._now.goes_on:
-            sender, self._sender = self._sender, None
-            if sender is not None:
-                await sender.aclose()
+            await self._close_sender(event)
         self._work = None
         self._step(event)
 
+    async def _close_sender(self, event: Done | Failed) -> None:
+        """Ends the current grant's transfer, and what the journal says of it."""
+        sender, self._sender = self._sender, None
+        entry, self._entry = self._entry, None
+        if sender is not None:
+            await sender.aclose()
+        if entry is None:
+            return
+        if self._stats is not None:
+            entry.end(Outcome.DONE, self._stats.num_bytes, self._stats.num_parts, self._stats.duration_s)
+        else:
+            error = event.failure.error() if isinstance(event, Failed) else _given_up_error()
+            entry.fail(error, num_bytes=0, num_parts=0, duration_s=0.0)
+
     async def _open(self, grant: Grant) -> None:
+        num_blocks = len(self._block_ids)
+        self._entry = self._senders.journal.begin(
+            Direction.SENDING, self._request_id, self._receiver_id, grant.transport, num_blocks,
+            num_blocks * self._memory.block_bytes,
+        )  # fmt: skip
         self._sender = self._senders.sender(grant, self._request_id)
         await self._sender.open()
 
     async def _send(self, first: int, end: int) -> None:
         assert self._sender is not None
         block_ids = self._block_ids[first:end]
+        if self._entry is not None:
+            self._entry.first_byte()
+            self._entry.state = f"sent {first} of {len(self._block_ids)} blocks that are computed"
         self._memory.to_host(block_ids)
         await self._sender.send(first, block_ids, self._block_hashes[first:end])
 
@@ -157,13 +188,17 @@ class Shipment:
             self._step(Tick())
 
 
+def _given_up_error() -> MeshError:
+    return UnavailableError("the transfer was given up", reason="TRANSFER_ABORTED", stage="transfer")
+
+
 async def _given_up() -> None:
-    raise UnavailableError("the transfer was given up", reason="TRANSFER_ABORTED", stage="transfer")
+    raise _given_up_error()
 
 
 def _outcome(work: asyncio.Task[None]) -> Done | Failed:
     if work.cancelled():
-        return Failed(Failure(UnavailableError, "TRANSFER_ABORTED", "the transfer was given up"))
+        return Failed(Failure.of(_given_up_error()))
     error = work.exception()
     if error is None:
         return Done()

@@ -64,7 +64,7 @@ class ShmReceiver:
 
     def __init__(self, memory: BlockMemory, tickets: TicketTable) -> None:
         self._name = secrets.token_hex(8)
-        self._sockets = SocketReceiver(tickets, self._bind, lambda connection: _ShmTaker(connection, memory))
+        self._sockets = SocketReceiver("shm", tickets, self._bind, lambda connection: _ShmTaker(connection, memory))
 
     @property
     def address(self) -> str:

@@ -44,14 +44,20 @@ class SocketReceiver:
     """Serves one transfer after the other on each connection.
 
     Args:
+        transport: Its name.
         tickets: Who may write what.
         bind: A bound socket. Raises OSError.
         make_taker: Called for each connection.
     """
 
     def __init__(
-        self, tickets: TicketTable, bind: Callable[[], socket.socket], make_taker: Callable[[Connection], PartTaker]
+        self,
+        transport: str,
+        tickets: TicketTable,
+        bind: Callable[[], socket.socket],
+        make_taker: Callable[[Connection], PartTaker],
     ) -> None:
+        self._transport = transport
         self._tickets = tickets
         self._bind = bind
         self._make_taker = make_taker
@@ -136,7 +142,12 @@ class SocketReceiver:
             raise CorruptionError("a transfer begins with OPEN", reason="KV_PROTOCOL", stage="transfer")
         opening = _parse_opening(connection.receive_body(frame.num_bytes))
         incoming = self._tickets.redeem(
-            opening.ticket, opening.epoch, opening.request_id, opening.sender_incarnation, connection.shut
+            opening.ticket,
+            opening.epoch,
+            opening.request_id,
+            opening.sender_incarnation,
+            self._transport,
+            connection.shut,
         )
         try:
             connection.send([Frame(FrameType.ACK).pack()])

@@ -30,7 +30,7 @@ class TcpReceiver:
     def __init__(self, memory: BlockMemory, tickets: TicketTable, host: str, advertise: str) -> None:
         self._host = host
         self._advertise = advertise
-        self._sockets = SocketReceiver(tickets, self._bind, lambda connection: _TcpTaker(connection, memory))
+        self._sockets = SocketReceiver("tcp", tickets, self._bind, lambda connection: _TcpTaker(connection, memory))
 
     @property
     def address(self) -> str:

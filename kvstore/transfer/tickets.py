@@ -46,6 +46,7 @@ class Incoming:
         block_ids: Where the blocks go, by their place in the ticket.
         block_hashes: Identity of each.
         block_bytes: Size of each.
+        on_begin: Called once, from any thread, when the ticket is redeemed.
         on_end: Called once, from any thread, when it is DONE or FAILED.
         clock: Seconds, monotonic.
     """
@@ -58,6 +59,7 @@ class Incoming:
         block_ids: Sequence[int],
         block_hashes: Sequence[BlockHash],
         block_bytes: int,
+        on_begin: Callable[[], None],
         on_end: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,6 +71,7 @@ class Incoming:
         self._now = Receiving(
             request_id, epoch, sender_incarnation, tuple(block_hashes), block_bytes, expires_at=clock() + LEASE_S
         )
+        self._on_begin = on_begin
         self._on_end = on_end
         self._stop_writer: Callable[[], None] = _nothing
         self._changed = threading.Condition()
@@ -108,6 +111,7 @@ class Incoming:
         with self._changed:
             self._step(Redeem(epoch, request_id, sender_incarnation))
             self._stop_writer = stop_writer
+        self._on_begin()
 
     @contextmanager
     def writing(self, first: int, offset_bytes: int, num_bytes: int, block_hash: bytes) -> Iterator[None]:
@@ -189,9 +193,13 @@ class TicketTable:
     """The tickets of one receiving process. A ticket lives from `issue` to `drop`.
 
     They are found by Python's keyed hash of all their bytes: how long a wrong guess takes says nothing of a right one.
+
+    Args:
+        on_refused: Told of the transport over which somebody came without leave; from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_refused: Callable[[str], None] = lambda transport: None) -> None:
+        self._on_refused = on_refused
         self._incoming: dict[bytes, Incoming] = {}
         self._lock = threading.Lock()
 
@@ -223,12 +231,22 @@ class TicketTable:
                 incoming.check_invariants()
 
     def redeem(
-        self, ticket: bytes, epoch: int, request_id: str, sender_incarnation: str, stop_writer: Callable[[], None]
+        self,
+        ticket: bytes,
+        epoch: int,
+        request_id: str,
+        sender_incarnation: str,
+        transport: str,
+        stop_writer: Callable[[], None],
     ) -> Incoming:
         """Begins the transfer that `ticket` allows. Raises TicketError; a wrong claim does not use the ticket up."""
         with self._lock:
             incoming = self._incoming.get(ticket)
-        if incoming is None:
-            raise TicketError("no such ticket", reason="TICKET_UNKNOWN", stage="transfer")
-        incoming.redeem(epoch, request_id, sender_incarnation, stop_writer)
+        try:
+            if incoming is None:
+                raise TicketError("no such ticket", reason="TICKET_UNKNOWN", stage="transfer")
+            incoming.redeem(epoch, request_id, sender_incarnation, stop_writer)
+        except TicketError:
+            self._on_refused(transport)
+            raise
         return incoming

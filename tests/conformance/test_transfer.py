@@ -20,7 +20,7 @@ from pdmesh.errors import CorruptionError, MeshError, PreconditionError, TicketE
 from pdmesh.v1 import kv_transfer_pb2 as pb
 from pdmesh.v1 import kv_transfer_pb2_grpc
 from tests.fault_proxy import FaultProxy
-from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, Endpoints, endpoints, hash_of, hashes
+from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, SENDER_ID, Endpoints, endpoints, hash_of, hashes
 
 # How long a test waits for what must happen at once; it fails only by never happening.
 PATIENCE_S = 8.0
@@ -182,7 +182,7 @@ async def test_a_ticket_opens_for_its_own_sender_alone_and_once(transport: str) 
 
 async def test_a_past_incarnation_is_refused(transport: str) -> None:
     async with endpoints(transport, 1, KIB) as ends:
-        expected = ends.hub.expect(REQUEST_ID, EPOCH, "sender-2", [0], hashes(1), transport)
+        expected = ends.hub.expect(REQUEST_ID, EPOCH, SENDER_ID, "sender-2", [0], hashes(1), transport)
         async with aclosing(expected) as incoming:
             with pytest.raises((TicketError, UnavailableError)) as refused:
                 await send_all(ends.sender(incoming.grant), 1)
@@ -203,7 +203,7 @@ async def test_a_closed_transfer_s_ticket_is_worth_nothing(transport: str) -> No
 async def test_a_transport_that_was_not_offered_is_refused(transport: str) -> None:
     async with endpoints(transport, 1, KIB) as ends:
         with pytest.raises(PreconditionError):
-            ends.hub.expect(REQUEST_ID, EPOCH, INCARNATION, [0], hashes(1), "pigeon")
+            ends.hub.expect(REQUEST_ID, EPOCH, SENDER_ID, INCARNATION, [0], hashes(1), "pigeon")
 
 
 # What arrives wrong.

@@ -23,7 +23,7 @@ def make_incoming(
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Incoming:
     block_ids = range(10, 10 + num_blocks)
-    return Incoming("request", 1, "sender", block_ids, hashes(num_blocks), BLOCK_BYTES, on_end, clock)
+    return Incoming("request", 1, "sender", block_ids, hashes(num_blocks), BLOCK_BYTES, nothing, on_end, clock)
 
 
 def redeem(incoming: Incoming) -> None:
@@ -145,9 +145,9 @@ def issued() -> tuple[TicketTable, Incoming]:
 
 def test_a_ticket_is_redeemed_once() -> None:
     table, incoming = issued()
-    assert table.redeem(incoming.ticket, 1, "request", "sender", nothing) is incoming
+    assert table.redeem(incoming.ticket, 1, "request", "sender", "tcp", nothing) is incoming
     with pytest.raises(TicketError) as refused:
-        table.redeem(incoming.ticket, 1, "request", "sender", nothing)
+        table.redeem(incoming.ticket, 1, "request", "sender", "tcp", nothing)
     assert refused.value.reason == "TICKET_USED"
     table.check_invariants()
 
@@ -168,16 +168,16 @@ def test_a_wrong_claim_is_refused_and_does_not_use_the_ticket_up(
     table, incoming = issued()
     ticket, epoch, request_id, sender = claim
     with pytest.raises(TicketError) as refused:
-        table.redeem(incoming.ticket if ticket is None else ticket, epoch, request_id, sender, nothing)
+        table.redeem(incoming.ticket if ticket is None else ticket, epoch, request_id, sender, "tcp", nothing)
     assert refused.value.reason == reason
-    assert table.redeem(incoming.ticket, 1, "request", "sender", nothing) is incoming
+    assert table.redeem(incoming.ticket, 1, "request", "sender", "tcp", nothing) is incoming
 
 
 def test_a_revoked_ticket_is_worth_nothing() -> None:
     table, incoming = issued()
     incoming.revoke()
     with pytest.raises(TicketError):
-        table.redeem(incoming.ticket, 1, "request", "sender", nothing)
+        table.redeem(incoming.ticket, 1, "request", "sender", "tcp", nothing)
     table.drop(incoming)
     table.drop(incoming)
     assert len(table) == 0
@@ -208,7 +208,7 @@ def test_one_of_many_redeemers_wins() -> None:
     def try_to_redeem() -> None:
         start.wait()
         try:
-            won.append(table.redeem(incoming.ticket, 1, "request", "sender", nothing))
+            won.append(table.redeem(incoming.ticket, 1, "request", "sender", "tcp", nothing))
         except TicketError as error:
             lost.append(error.reason)
 
