@@ -18,19 +18,17 @@ the lease for the next attempt, and no writer can reach them any more once `run`
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import grpc
-
 from engine.api import BlockLease, Engine, EngineRequest
 from kvstore.transfer.base import Grant
-from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
-from kvstore.transfer.states import HEARTBEAT_S
-from pdmesh import status
+from kvstore.transfer.messages import grant_to_pb, offers_to_pb
+from kvstore.transfer.receipt import Expected, Receipt
+from kvstore.transfer.receiver import ReceiverHub
+from kvstore.transfer.streams import ClientStream
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.errors import UnavailableError
 from pdmesh.hashing import root_hash, sequence_hashes
 from pdmesh.types import KVSource, TokenLogprob
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
@@ -38,12 +36,7 @@ from pdmesh.v1 import prefill_pb2 as pb
 from pdmesh.v1 import prefill_pb2_grpc
 from worker.host import WorkerHost
 
-log = logging.getLogger(__name__)
-
-# In which a prefill worker whose KV is here ends its stream; what it still says changes nothing.
-END_TIMEOUT_S = 2.0
-
-_Call = grpc.aio.StreamStreamCall[pb.RunRequest, pb.RunResponse]
+_RunStream = ClientStream[pb.RunRequest, pb.RunResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,28 +125,28 @@ class Handoff:
         """
         report.worker_id = target.worker_id
         stub = prefill_pb2_grpc.PrefillStub(self._channels.get(target.address))
-        call: _Call = stub.Run()
-        stream = _RunStream(call)
-        arriving = _Arriving()
+        stream: _RunStream = ClientStream(
+            stub.Run(), target.worker_id, pb.RunRequest(heartbeat=kv_pb.Heartbeat()), stage="prefill"
+        )
+        arriving = _Arriving(Receipt(self._hub, self._host.journal))
         try:
             # A failure of either side of the group ends the other: nobody waits for a grant that will not come.
             async with asyncio.TaskGroup() as group:
                 await stream.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
                 beating = group.create_task(stream.beat())
-                reading = group.create_task(self._read(call, arriving, report, on_first_token))
-                transports = await arriving.transports
-                await self._receive(stream, transports, arriving, target, request, request_id, epoch, lease, report)
+                reading = group.create_task(self._read(stream, arriving, report, on_first_token))
+                await arriving.transports
+                await self._receive(stream, arriving, target, request, request_id, epoch, lease, report)
                 await arriving.first_token.wait()
                 reading.cancel()
                 beating.cancel()
         except BaseExceptionGroup as failed:
-            call.cancel()
-            cause = _cause(failed)
-            if isinstance(cause, _KVNotNeeded):
+            stream.cancel()
+            if isinstance(failed.exceptions[0], _KVNotNeeded):
                 return False
-            raise cause from failed
+            raise failed.exceptions[0] from failed
         except BaseException:
-            call.cancel()
+            stream.cancel()
             raise
         ending = asyncio.create_task(stream.end())
         self._ending.add(ending)
@@ -166,11 +159,11 @@ class Handoff:
             await asyncio.wait(self._ending)
 
     async def _read(
-        self, call: "_Call", arriving: "_Arriving", report: Report, on_first_token: Callable[[FirstToken], bool]
+        self, stream: "_RunStream", arriving: "_Arriving", report: Report, on_first_token: Callable[[FirstToken], bool]
     ) -> None:
         """Passes on what the prefill worker says."""
-        async for response in call:
-            arriving.alive()
+        async for response in stream.responses():
+            arriving.receipt.alive()
             match response.WhichOneof("event"):
                 case "started":
                     started = response.started
@@ -186,7 +179,7 @@ class Handoff:
                     arriving.first_token.set()
                 case "transfer_failed":
                     failed = response.transfer_failed
-                    arriving.failed(failed.grant_number, failed.reason, failed.message)
+                    arriving.receipt.failed(failed.grant_number, failed.reason, failed.message)
                 case "complete":
                     # All is verified, and whoever waits for that is about to learn it.
                     return
@@ -195,7 +188,6 @@ class Handoff:
     async def _receive(
         self,
         stream: "_RunStream",
-        transports: Sequence[str],
         arriving: "_Arriving",
         target: PrefillTarget,
         request: EngineRequest,
@@ -210,34 +202,17 @@ class Handoff:
         if len(lease.block_ids) < len(hashes):
             await self._engine.reserve(lease, len(hashes) - len(lease.block_ids))
         block_ids = lease.block_ids[lease.num_cached_blocks :]
-        for number, transport in enumerate(transports):
-            report.transport = transport
-            async with self._hub.expect(
-                request_id,
-                epoch,
-                target.worker_id,
-                target.incarnation,
-                block_ids,
-                hashes[lease.num_cached_blocks :],
-                transport,
-            ) as incoming:
-                arriving.expect(number, incoming)
-                await stream.write(pb.RunRequest(grant=_grant_to_pb(number, incoming.grant)))
-                try:
-                    stats = await incoming.wait()
-                except MeshError as error:
-                    if error.reason == "LEASE_EXPIRED" or transport == transports[-1]:
-                        raise
-                    self._host.journal.note_fallback(transport, transports[number + 1], error.reason)
-                    log.warning(
-                        "KV over %s failed, taking %s: %s", transport, transports[number + 1], error.message,
-                        extra={"request_id": request_id, "reason": error.reason},
-                    )  # fmt: skip
-                    continue
-            report.kv_bytes, report.transfer_s = stats.num_bytes, stats.duration_s
-            self._engine.memory.to_device(block_ids)
-            return
-        raise UnavailableError(f"{target.worker_id} offers no transport", reason="NO_COMMON_TRANSPORT")
+        expected = Expected(
+            request_id, epoch, target.worker_id, target.incarnation, block_ids, hashes[lease.num_cached_blocks :]
+        )
+
+        async def grant(number: int, grant: Grant) -> None:
+            report.transport = grant.transport
+            await stream.write(pb.RunRequest(grant=grant_to_pb(number, grant)))
+
+        stats = await arriving.receipt.run(expected, await arriving.transports, grant)
+        report.kv_bytes, report.transfer_s = stats.num_bytes, stats.duration_s
+        self._engine.memory.to_device(block_ids)
 
     def _start(
         self, target: PrefillTarget, request: EngineRequest, request_id: str, epoch: int, lease: BlockLease
@@ -255,7 +230,7 @@ class Handoff:
             decode_incarnation=self._host.incarnation,
             expected_incarnation=target.incarnation,
             facts=self._engine.facts.to_pb(),
-            offers=[kv_pb.TransportOffer(name=offer.name, address=offer.address) for offer in self._hub.offers],
+            offers=offers_to_pb(self._hub.offers),
             completion_index=request.completion_index,
             sources=[source.to_pb() for source in target.sources],
         )
@@ -265,83 +240,23 @@ class _Arriving:
     """What one hand-off waits for.
 
     Attributes:
+        receipt: The KV.
         transports: That the prefill worker can use, once it has started.
         first_token: Set once that was passed on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
         self.transports: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
         self.first_token = asyncio.Event()
-        self._number = -1
-        self._incoming: IncomingTransfer | None = None
-
-    def expect(self, number: int, incoming: IncomingTransfer) -> None:
-        """The transfer of grant `number` is the one that is awaited now."""
-        self._number, self._incoming = number, incoming
-
-    def alive(self) -> None:
-        if self._incoming is not None:
-            self._incoming.alive()
-
-    def failed(self, number: int, reason: str, message: str) -> None:
-        """The prefill worker says that a grant came to nothing."""
-        if self._incoming is not None and number == self._number:
-            self._incoming.fail(UnavailableError(message, reason=reason, stage="transfer"))
-
-
-class _RunStream:
-    """The requests of one Run stream: gRPC takes one at a time."""
-
-    def __init__(self, call: "_Call") -> None:
-        self._call = call
-        self._writing = asyncio.Lock()
-
-    async def write(self, request: pb.RunRequest) -> None:
-        """Raises UnavailableError where the stream has ended; why, its reader learns."""
-        async with self._writing:
-            try:
-                await self._call.write(request)
-            except asyncio.InvalidStateError as error:
-                raise UnavailableError("the prefill worker ended the stream", stage="prefill") from error
-
-    async def beat(self) -> None:
-        """Gives signs of life until cancelled."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            await self.write(pb.RunRequest(heartbeat=kv_pb.Heartbeat()))
-
-    async def end(self) -> None:
-        """Lets the prefill worker come to its end by itself, if it does so soon."""
-        try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                async with self._writing:
-                    await self._call.done_writing()
-                async for _ in self._call:
-                    pass
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
-            log.debug("a Run stream, no longer needed, ended with %r", error)
-        finally:
-            self._call.cancel()
 
 
 class _KVNotNeeded(Exception):
     """The first token was the last: what remains of the hand-off can stop."""
 
 
-def _cause(failed: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What failed first, as our error where a peer's status said it."""
-    cause = failed.exceptions[0]
-    return status.from_rpc_error(cause, stage="prefill") if isinstance(cause, grpc.aio.AioRpcError) else cause
-
-
 def _first_token(message: pb.FirstToken) -> FirstToken:
     logprobs: Sequence[TokenLogprob] = [TokenLogprob.from_pb(message.logprob)] if message.HasField("logprob") else []
     return FirstToken(
         message.token_id, tuple(logprobs), tuple(TokenLogprob.from_pb(entry) for entry in message.prompt_logprobs)
-    )
-
-
-def _grant_to_pb(number: int, grant: Grant) -> kv_pb.TransferGrant:
-    return kv_pb.TransferGrant(
-        ticket=grant.ticket, epoch=grant.epoch, transport=grant.transport, address=grant.address, number=number
     )

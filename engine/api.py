@@ -7,6 +7,7 @@ both idempotent.
     decode, prompt computed here:   generate(request) -> tokens
     prefill:                        prefill(request) -> progress …, first token; the blocks stay until aclose()
     decode, prompt computed there:  acquire_prefix -> reserve -> (KV is written into memory) -> generate(imported=…)
+    KV from a tier or elsewhere:    acquire_prefix -> reserve -> (KV is written into memory) -> commit -> release
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -211,6 +212,14 @@ class Engine(Protocol):
         """Leases the longest run of cached full blocks that begins `token_ids`, leaving at least one token over."""
         ...
 
+    async def acquire_blocks(self, hashes: Sequence[BlockHash]) -> BlockLease:
+        """Leases the longest run of cached blocks that begins `hashes`."""
+        ...
+
+    async def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
+        """Offers the first blocks of `lease`, all written, to the prefix cache as the KV that `hashes` name."""
+        ...
+
     async def reserve(self, lease: BlockLease, num_blocks: int) -> None:
         """Adds blocks to write to `lease`, waiting in turn until they are free. Cancelling leaves it unchanged.
 
@@ -224,6 +233,10 @@ class Engine(Protocol):
 
     def load(self) -> Load: ...
     def status(self) -> EngineStatus: ...
+
+    def keep_evicted(self, put: Callable[[BlockHash, memoryview], object]) -> None:
+        """Has `put` copy each block whose KV is about to be overwritten, on the engine's thread: it must not raise."""
+        ...
 
     def subscribe_blocks(self, listener: Callable[[BlockEvents], None]) -> None:
         """Calls `listener` on the event loop after each step that changed the prefix cache."""

@@ -31,6 +31,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._hashes: list[BlockHash | None] = [None] * num_blocks
         self._index: dict[BlockHash, int] = {}
+        self._evicted: list[tuple[int, BlockHash]] = []
         self._stored: dict[BlockHash, None] = {}
         self._removed: dict[BlockHash, None] = {}
 
@@ -72,7 +73,10 @@ class BlockPool:
         block_ids = []
         for _ in range(num_blocks):
             block_id, _ = self._free.popitem(last=False)
-            self._forget(block_id)
+            block_hash = self._hashes[block_id]
+            if block_hash is not None:
+                self._evicted.append((block_id, block_hash))
+                self._forget(block_id, block_hash)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
@@ -107,6 +111,14 @@ class BlockPool:
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
 
+    def drain_evicted(self) -> list[tuple[int, BlockHash]]:
+        """Blocks allocated since the last call that still hold the KV of another use, and its hash.
+
+        Whoever wants to keep that KV copies it before anybody writes to the blocks.
+        """
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
     def drain_events(self) -> BlockEvents:
         """What changed in the prefix index since the last call."""
         events = BlockEvents(tuple(self._stored), tuple(self._removed))
@@ -133,10 +145,7 @@ class BlockPool:
         differing = [block_id for block_id, count in enumerate(counts) if count != self._ref_counts[block_id]]
         assert not differing, f"blocks {differing[:8]} have other holders than their count says"
 
-    def _forget(self, block_id: int) -> None:
-        block_hash = self._hashes[block_id]
-        if block_hash is None:
-            return
+    def _forget(self, block_id: int, block_hash: BlockHash) -> None:
         del self._index[block_hash]
         self._hashes[block_id] = None
         # What was stored and removed since the last drain was never told, and need not be.

@@ -10,6 +10,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
 from pdmesh.errors import InternalError, MeshError
+from pdmesh.hashing import BlockHash
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,21 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._num_steps = 0
+        # Told of blocks whose KV is about to be overwritten, while it is still there.
+        self.on_evicted: Callable[[list[tuple[int, BlockHash]]], None] = lambda evicted: None
 
     def step(self) -> list[StepOutput]:
         """One whole step: what was due before it, then what it made."""
-        plan = self.scheduler.schedule()
+        plan = self.schedule()
         return [*plan.outputs, *self.execute(plan)]
+
+    def schedule(self) -> StepPlan:
+        """Plans the next step. Nobody has written to the blocks that it gives out yet, nor been told of them."""
+        plan = self.scheduler.schedule()
+        evicted = self.scheduler.pool.drain_evicted()
+        if evicted:
+            self.on_evicted(evicted)
+        return plan
 
     def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = lambda: None) -> StepOutputs:
         """Runs what the scheduler just planned. A failure ends the requests of this step, and only those.

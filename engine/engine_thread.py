@@ -122,7 +122,7 @@ class EngineThread:
         while (commands := self._take_commands(wait=idle)) is not None:
             for command in commands:
                 command(core.scheduler)
-            plan = core.scheduler.schedule()
+            plan = core.schedule()
             # First what can be seen at any time, so that whoever hears of something sees what it changed.
             self._publish(core)
             # Told when the model begins its next step, what the last one made does not cost that step's preparation.

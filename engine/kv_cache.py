@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.host_memory import private_memory, shared_memory
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
+from pdmesh.host_memory import private_memory, shared_memory
 from pdmesh.types import MemoryFile
 
 

@@ -39,6 +39,7 @@ from engine.scheduler import Scheduler
 from engine.streams import EngineStream
 from engine.validation import validate_request
 from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.hashing import BlockHash
 from pdmesh.types import Load, ModelInfo, PairingFacts
 
 
@@ -88,6 +89,16 @@ class LocalEngine:
 
     def status(self) -> EngineStatus:
         return self._thread.status
+
+    def keep_evicted(self, put: Callable[[BlockHash, memoryview], object]) -> None:
+        memory = self._parts.kv_cache
+
+        def keep(evicted: list[tuple[int, BlockHash]]) -> None:
+            memory.to_host([block_id for block_id, _ in evicted])
+            for block_id, block_hash in evicted:
+                put(block_hash, memory.view(block_id))
+
+        self._parts.core.on_evicted = keep
 
     def subscribe_blocks(self, listener: Callable[[BlockEvents], None]) -> None:
         self._listeners.append(listener)
@@ -177,13 +188,19 @@ class LocalEngine:
     # Leases
 
     async def acquire_prefix(self, token_ids: Sequence[int], cache_salt: bytes) -> BlockLease:
+        return await self._acquire(lambda scheduler, lease: scheduler.acquire_prefix(lease, token_ids, cache_salt))
+
+    async def acquire_blocks(self, hashes: Sequence[BlockHash]) -> BlockLease:
+        return await self._acquire(lambda scheduler, lease: scheduler.acquire_blocks(lease, hashes))
+
+    async def _acquire(self, fill: Callable[[Scheduler, BlockLease], None]) -> BlockLease:
         self._check_running()
         lease = BlockLease()
         with self._future() as acquired:
 
             def acquire(scheduler: Scheduler) -> None:
                 try:
-                    scheduler.acquire_prefix(lease, token_ids, cache_salt)
+                    fill(scheduler, lease)
                 except (OverflowError, TypeError, ValueError) as error:
                     # Token ids that cannot be hashed; nothing was changed yet.
                     self._tell(_fail, acquired, as_mesh_error(error))
@@ -198,6 +215,10 @@ class LocalEngine:
                 self._thread.post(lambda scheduler: scheduler.release(lease))
                 raise
         return lease
+
+    async def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
+        # The thread takes commands in order: whatever is asked of it after this finds the blocks.
+        self._thread.post(lambda scheduler: scheduler.commit(lease, hashes))
 
     async def reserve(self, lease: BlockLease, num_blocks: int) -> None:
         self._check_running()

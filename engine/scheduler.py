@@ -34,7 +34,7 @@ from engine.request import Request, RequestStatus, Stop
 from engine.running import RunningRequests
 from engine.step import PrefillBudget, StepPlan, StepResult
 from pdmesh.errors import InternalError, InvalidRequestError, MeshError
-from pdmesh.hashing import block_hashes, root_hash
+from pdmesh.hashing import BlockHash, block_hashes, root_hash
 from pdmesh.types import Load
 
 
@@ -152,6 +152,16 @@ class Scheduler:
         size = self.config.block_size
         num_usable = (len(token_ids) - 1) // size
         self._leases.pin_prefix(lease, block_hashes(token_ids[: num_usable * size], size, root_hash(cache_salt)))
+
+    def acquire_blocks(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
+        """Fills an empty lease; see Engine.acquire_blocks."""
+        self._leases.pin_prefix(lease, list(hashes))
+
+    def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
+        """Offers the first blocks of a lease, all written, to the prefix cache; does nothing to a released one."""
+        if lease in self._leases:
+            for block_id, block_hash in zip(lease.block_ids, hashes, strict=False):
+                self.pool.commit(block_id, block_hash)
 
     def reserve(self, reservation: Reservation) -> None:
         """Queues for blocks; a later plan grants them. Raises InvalidRequestError; see Engine.reserve."""

@@ -1,11 +1,11 @@
 """`pdmesh.v1.Prefill` on the wire: messages in, events out; the work is `PrefillWorker`'s."""
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 from engine.api import EngineRequest
-from kvstore.transfer.base import Grant, TransportOffer
-from kvstore.transfer.states import HEARTBEAT_S
+from kvstore.transfer.messages import failed_to_pb, grant_from_pb, offers_from_pb
+from kvstore.transfer.streams import responses_of
 from pdmesh.errors import InvalidRequestError, PreconditionError
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import KVSource, PairingFacts
@@ -49,16 +49,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         with self._host.admitted(start.expected_incarnation):
             self._check_pairing(start)
             prompt = self._prompt(start)
-            events: asyncio.Queue[Event | None] = asyncio.Queue()
-            running = asyncio.create_task(self._worker.run(prompt, _messages(request_iterator), events.put_nowait))
-            running.add_done_callback(lambda _: events.put_nowait(None))
-            try:
-                async for response in _responses(events):
+            messages = _messages(request_iterator)
+
+            async def work(emit: Callable[[pb.RunResponse], None]) -> None:
+                await self._worker.run(prompt, messages, lambda event: emit(_to_pb(event)))
+
+            async with aclosing(responses_of(work, pb.RunResponse(heartbeat=kv_pb.Heartbeat()))) as responses:
+                async for response in responses:
                     yield response
-                await running
-            finally:
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
 
     def _check_pairing(self, start: pb.RunStart) -> None:
         mismatch = self._host.engine.facts.mismatch(PairingFacts.from_pb(start.facts))
@@ -85,7 +83,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequestError(
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
-        offers = [TransportOffer(offer.name, offer.address) for offer in start.offers]
+        offers = offers_from_pb(start.offers)
         sources = tuple(KVSource.from_pb(source) for source in start.sources)
         return Prompt(start.request_id, request, start.num_held_blocks, start.decode_worker_id, offers, sources)
 
@@ -94,27 +92,11 @@ async def _messages(requests: AsyncIterator[pb.RunRequest]) -> AsyncIterator[Mes
     async for request in requests:
         match request.WhichOneof("event"):
             case "grant":
-                grant = request.grant
-                ticket = Grant(bytes(grant.ticket), grant.epoch, grant.transport, grant.address)
-                yield NumberedGrant(grant.number, ticket)
+                yield NumberedGrant(request.grant.number, grant_from_pb(request.grant))
             case "heartbeat":
                 yield SignOfLife()
             case _:
                 raise InvalidRequestError("Prefill.Run takes one RunStart, then grants and heartbeats", stage="prefill")
-
-
-async def _responses(events: asyncio.Queue[Event | None]) -> AsyncIterator[pb.RunResponse]:
-    """The events up to None, and heartbeats where there are none to send."""
-    while True:
-        try:
-            async with asyncio.timeout(HEARTBEAT_S):
-                event = await events.get()
-        except TimeoutError:
-            yield pb.RunResponse(heartbeat=kv_pb.Heartbeat())
-            continue
-        if event is None:
-            return
-        yield _to_pb(event)
 
 
 def _to_pb(event: Event) -> pb.RunResponse:
@@ -139,11 +121,7 @@ def _to_pb(event: Event) -> pb.RunResponse:
                 )
             )
         case TransferFailed():
-            return pb.RunResponse(
-                transfer_failed=kv_pb.TransferFailed(
-                    grant_number=event.grant_number, reason=event.error.reason, message=event.error.message
-                )
-            )
+            return pb.RunResponse(transfer_failed=failed_to_pb(event.grant_number, event.error))
         case Complete():
             stats = event.stats
             return pb.RunResponse(

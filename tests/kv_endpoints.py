@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry
 
-from engine.host_memory import shared_memory
 from kvstore.transfer.base import Grant, KVSender
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
 from pdmesh.hashing import BlockHash
+from pdmesh.host_memory import shared_memory
 from pdmesh.server import GrpcServer
 
 REQUEST_ID = "request"

@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Sequence
 
-from engine.host_memory import shared_memory
+from pdmesh.host_memory import shared_memory
 
 
 class PlainMemory:

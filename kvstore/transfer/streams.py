@@ -1,0 +1,124 @@
+"""The streams beside which KV travels, as all services speak them: heartbeats, leases, and one writer at a time."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Generic, TypeVar
+
+import grpc
+
+from kvstore.transfer.states import HEARTBEAT_S, LEASE_S
+from pdmesh import status
+from pdmesh.errors import MeshError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+# In which a peer of whom nothing more is wanted ends its stream by itself; what it still says changes nothing.
+END_TIMEOUT_S = 2.0
+
+
+class ClientStream(Generic[RequestT, ResponseT]):
+    """A bidirectional call, on the side that made it. End it with `end` or `cancel`.
+
+    Args:
+        call: Just made.
+        peer: Who is called, for messages.
+        heartbeat: What gives a sign of life.
+        stage: Of errors.
+    """
+
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall[RequestT, ResponseT], peer: str, heartbeat: RequestT, stage: str
+    ) -> None:
+        self._call = call
+        self._peer = peer
+        self._heartbeat = heartbeat
+        self._stage = stage
+        # gRPC takes one message at a time.
+        self._writing = asyncio.Lock()
+
+    async def write(self, request: RequestT) -> None:
+        """Raises MeshError: why the peer has ended the stream."""
+        async with self._writing:
+            try:
+                await self._call.write(request)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise await self._why_ended() from error
+
+    async def beat(self) -> None:
+        """Gives signs of life until cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self.write(self._heartbeat)
+
+    async def responses(self) -> AsyncIterator[ResponseT]:
+        """All of them. Raises MeshError: the peer's status, or that none came for too long, from one that hangs."""
+        while True:
+            try:
+                async with asyncio.timeout(LEASE_S):
+                    response = await self._call.read()
+            except TimeoutError as error:
+                raise UnavailableError(
+                    f"{self._peer} gave no sign of life for {LEASE_S:g} s", reason="LEASE_EXPIRED", stage=self._stage
+                ) from error
+            except grpc.aio.AioRpcError as error:
+                raise status.from_rpc_error(error, stage=self._stage) from error
+            if response is grpc.aio.EOF:
+                return
+            yield response  # type: ignore[misc]
+
+    async def end(self) -> None:
+        """Lets the peer come to its end by itself, if it does so soon."""
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                async with self._writing:
+                    await self._call.done_writing()
+                async for _ in self._call:
+                    pass
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            log.debug("a stream that was no longer needed ended with %r", error)
+        finally:
+            self._call.cancel()
+
+    def cancel(self) -> None:
+        """Ends it at once; idempotent."""
+        self._call.cancel()
+
+    async def _why_ended(self) -> MeshError:
+        try:
+            await self._call.read()
+        except grpc.aio.AioRpcError as error:
+            return status.from_rpc_error(error, stage=self._stage)
+        except asyncio.InvalidStateError:
+            pass
+        return UnavailableError(f"{self._peer} ended the stream", stage=self._stage)
+
+
+async def responses_of(
+    work: Callable[[Callable[[ResponseT], None]], Awaitable[None]], heartbeat: ResponseT
+) -> AsyncGenerator[ResponseT, None]:
+    """What `work` emits, with signs of life between, on the side that is called.
+
+    Raises what `work` raises. Closing it cancels `work` and waits for its end.
+    """
+    queue: asyncio.Queue[ResponseT | None] = asyncio.Queue()
+    working = asyncio.ensure_future(work(queue.put_nowait))
+    working.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    response = await queue.get()
+            except TimeoutError:
+                yield heartbeat
+                continue
+            if response is None:
+                break
+            yield response
+        await working
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
