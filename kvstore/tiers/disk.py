@@ -209,6 +209,9 @@ class DiskTier:
         try:
             num_bytes = _read_all(self._blocks, view, slot * self._slot_bytes)
             intact = num_bytes == self.block_bytes and crc32c([view]) == crc
+            if not intact:
+                # The next start is not to find it either.
+                _write_all(self._headers, bytes(HEADER_BYTES), slot * HEADER_BYTES)
         except OSError as error:
             self._switch_off(error)
         finally:
@@ -224,7 +227,6 @@ class DiskTier:
         return intact
 
     def _forget_corrupt(self, block_hash: BlockHash, slot: int) -> None:
-        """Its header stays until the slot is written again: a start before that finds it, and a read drops it."""
         del self._index[block_hash]
         self._forgotten.add(slot)
         self._counters.num_corrupt += 1

@@ -215,13 +215,14 @@ class HostTier:
         with self._lock:
             self._write_back = True
 
-    def take_unwritten(self, timeout_s: float) -> tuple[BlockHash, int] | None:
+    def take_unwritten(self) -> tuple[BlockHash, int] | None:
         """Pins the unwritten block that was used least recently, and that nobody has pinned, for `finish_write`.
 
-        Waits until there is one; None after `timeout_s`.
+        Waits until there is one; None once `stop_write_back` was called.
         """
         with self._lock:
-            if not self._unwritten_changed.wait_for(lambda: bool(self._unwritten), timeout_s):
+            self._unwritten_changed.wait_for(lambda: self._unwritten or not self._write_back)
+            if not self._unwritten:
                 return None
             slot, _ = self._unwritten.popitem(last=False)
             self._pins[slot] += 1

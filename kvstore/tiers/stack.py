@@ -20,10 +20,8 @@ from pdmesh.hashing import BlockHash
 
 log = logging.getLogger(__name__)
 
-# How long the writer waits for blocks before it looks whether it is to end.
-_POLL_S = 0.05
 # How long the end waits for reads and writes under way.
-_END_S = 1.0
+_END_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +39,11 @@ class TierStack:
         assert disk is None or disk.block_bytes == host.block_bytes, "tiers of blocks of different sizes"
         self.host = host
         self.disk = disk
-        self._closing = threading.Event()
         self._writer: threading.Thread | None = None
         if disk is not None:
             host.start_write_back()
             # A daemon: a disk that hangs does not keep the process from ending.
-            self._writer = threading.Thread(target=self._write_down, args=(disk,), name="kv-tier-writer", daemon=True)
+            self._writer = threading.Thread(target=self._write_down, args=(disk,), name="tier-writer", daemon=True)
             self._writer.start()
 
     def put(self, block_hash: BlockHash, view: memoryview) -> bool:
@@ -112,7 +109,7 @@ class TierStack:
                 if block_hash in pinned:
                     self._touch_disk(block_hash)
                     slots.append(pinned.pop(block_hash))
-                elif (slot := self._fetch_one(block_hash)) is not None:
+                elif (slot := self._fetch_one(block_hash, pinned)) is not None:
                     slots.append(slot)
                 else:
                     break
@@ -123,13 +120,19 @@ class TierStack:
             self.host.unpin(list(pinned.values()))
         return slots
 
-    def _fetch_one(self, block_hash: BlockHash) -> int | None:
+    def _fetch_one(self, block_hash: BlockHash, pinned_ahead: dict[BlockHash, int]) -> int | None:
+        """The pinned slot of a block from disk. Where there is no room, the end of the run that is held makes some."""
         if self.disk is None or block_hash not in self.disk:
             return None
-        for slot in self.host.reserve(1):
-            if self.disk.get(block_hash, self.host.view(slot)):
-                return self.host.commit(slot, block_hash, written=True, pin=True)
-            self.host.release([slot])
+        while not (reserved := self.host.reserve(1)):
+            if not pinned_ahead:
+                return None
+            _, last = pinned_ahead.popitem()
+            self.host.unpin([last])
+        (slot,) = reserved
+        if self.disk.get(block_hash, self.host.view(slot)):
+            return self.host.commit(slot, block_hash, written=True, pin=True)
+        self.host.release([slot])
         return None
 
     def _touch_disk(self, block_hash: BlockHash) -> None:
@@ -153,18 +156,16 @@ class TierStack:
         num_unwritten = self.host.wait_written(timeout_s)
         if num_unwritten:
             log.warning("%d KV blocks did not reach the disk within %g s: lost", num_unwritten, timeout_s)
-        self._closing.set()
+        self.host.stop_write_back()
         self._writer.join(_END_S)
         self.disk.close(_END_S)
 
     def _write_down(self, disk: DiskTier) -> None:
         try:
-            while disk.is_on and not self._closing.is_set():
-                taken = self.host.take_unwritten(_POLL_S)
-                if taken is not None:
-                    block_hash, slot = taken
-                    disk.put(block_hash, self.host.view(slot))
-                    self.host.finish_write(slot)
+            while disk.is_on and (taken := self.host.take_unwritten()) is not None:
+                block_hash, slot = taken
+                disk.put(block_hash, self.host.view(slot))
+                self.host.finish_write(slot)
         finally:
             # Whatever ended this: no block is kept for a writer that is not there.
             self.host.stop_write_back()

@@ -137,7 +137,7 @@ def test_the_writer_gets_the_oldest_first_and_holds_it_meanwhile() -> None:
     tier.start_write_back()
     tier.put(key(1), block(1))
     tier.put(key(2), block(2))
-    taken = tier.take_unwritten(1.0)
+    taken = tier.take_unwritten()
     assert taken is not None
     block_hash, slot = taken
     assert block_hash == key(1)
@@ -146,10 +146,9 @@ def test_the_writer_gets_the_oldest_first_and_holds_it_meanwhile() -> None:
     tier.finish_write(slot)
     tier.check_invariants()
     assert tier.wait_written(0.01) == 1
-    second = tier.take_unwritten(1.0)
+    second = tier.take_unwritten()
     assert second is not None
     assert second[0] == key(3)
-    assert tier.take_unwritten(0.01) is None
     tier.finish_write(second[1])
     assert tier.wait_written(1.0) == 0
     tier.check_idle()
@@ -159,12 +158,25 @@ def test_the_writer_waits_for_a_block() -> None:
     tier = make_tier()
     tier.start_write_back()
     taken: list[tuple[BlockHash, int] | None] = []
-    waiting = threading.Thread(target=lambda: taken.append(tier.take_unwritten(5.0)))
+    waiting = threading.Thread(target=lambda: taken.append(tier.take_unwritten()))
     waiting.start()
     tier.put(key(1), block(1))
     waiting.join(5.0)
     assert taken[0] is not None
     assert taken[0][0] == key(1)
+
+
+def test_the_writer_is_let_go_when_there_is_to_be_no_more() -> None:
+    tier = make_tier()
+    tier.start_write_back()
+    taken: list[tuple[BlockHash, int] | None] = []
+    waiting = threading.Thread(target=lambda: taken.append(tier.take_unwritten()))
+    waiting.start()
+    waiting.join(0.02)
+    assert waiting.is_alive()
+    tier.stop_write_back()
+    waiting.join(5.0)
+    assert taken == [None]
 
 
 def test_without_a_writer_nothing_waits_to_be_written() -> None:
@@ -174,7 +186,7 @@ def test_without_a_writer_nothing_waits_to_be_written() -> None:
     tier.stop_write_back()
     tier.put(key(2), block(2))
     assert tier.wait_written(0.0) == 0
-    assert tier.take_unwritten(0.0) is None
+    assert tier.take_unwritten() is None
     tier.put(key(3), block(3))
     assert held(tier, 1, 2, 3) == [2, 3]
     assert tier.stats().num_dropped == 0
