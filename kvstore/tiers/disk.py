@@ -107,12 +107,10 @@ class DiskTier:
             )
 
     def _load_index(self, headers: bytes) -> None:
-        newest: dict[BlockHash, tuple[int, SlotHeader]] = {}
         for slot, header in sorted(read_headers(headers), key=lambda item: item[1].sequence):
             self._sequence = header.sequence
-            newest.pop(header.block_hash, None)
-            newest[header.block_hash] = (slot, header)
-        self._index.update((block_hash, (slot, header.crc)) for block_hash, (slot, header) in newest.items())
+            # Of two slots with one block, which only a power cut leaves, the later one counts.
+            self._index[header.block_hash] = (slot, header.crc)
         used = {slot for slot, _ in self._index.values()}
         self._free = [slot for slot in reversed(range(self.num_blocks)) if slot not in used]
 

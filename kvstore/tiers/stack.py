@@ -164,8 +164,10 @@ class TierStack:
         try:
             while disk.is_on and (taken := self.host.take_unwritten()) is not None:
                 block_hash, slot = taken
-                disk.put(block_hash, self.host.view(slot))
-                self.host.finish_write(slot)
+                try:
+                    disk.put(block_hash, self.host.view(slot))
+                finally:
+                    self.host.finish_write(slot)
         finally:
             # Whatever ended this: no block is kept for a writer that is not there.
             self.host.stop_write_back()

@@ -130,6 +130,9 @@ def test_with_a_writer_that_does_nothing_the_oldest_is_dropped_and_nobody_waits(
     assert held(tier, 1, 2, 3, 4, 5) == [3, 4, 5]
     assert tier.stats().num_dropped == 2
     assert tier.stats().num_evicted == 0
+    assert len(tier.reserve(3)) == 3
+    tier.check_invariants()
+    assert tier.wait_written(0.0) == 0
 
 
 def test_the_writer_gets_the_oldest_first_and_holds_it_meanwhile() -> None:

@@ -132,11 +132,28 @@ def test_what_is_on_disk_is_not_written_again(tmp_path: Path) -> None:
         assert stack.disk.stats().num_stored == 2
 
 
-def test_what_is_used_in_memory_stays_on_disk(tmp_path: Path) -> None:
+def test_what_is_on_disk_makes_room_while_the_disk_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stack_of(tmp_path) as stack:
+        fill(stack, 1, 2, 3, 4)
+        gate = GatedWrites(monkeypatch)
+        stack.put(key(5), block(5))
+        assert gate.reached.wait(WRITTEN_S)
+        stack.put(key(1), block(1))
+        assert stack.host.wait_written(0.0) == 1, "block 5 alone is to be written"
+        gate.opened.set()
+
+
+@pytest.mark.parametrize("use", ["load", "put", "fetch"])
+def test_what_is_used_in_memory_stays_on_disk(tmp_path: Path, use: str) -> None:
     with stack_of(tmp_path, num_host=2, num_disk=3) as stack:
         fill(stack, 1)
         for n in (2, 3, 4, 5):
-            assert load(stack, 1) == 1
+            if use == "load":
+                assert load(stack, 1) == 1
+            elif use == "put":
+                fill(stack, 1)
+            else:
+                stack.host.unpin(stack.fetch_into_host(keys(1)))
             fill(stack, n)
         assert stack.disk is not None
         assert key(1) in stack.disk
