@@ -50,9 +50,11 @@ class StackAgainstDict(RuleBasedStateMachine):
         self.told[change.tier].update(change.stored)
 
     def settle(self) -> None:
-        """Until the writer has nothing to do, or only what is pinned here."""
-        unwritten_here = [block_hash for block_hash, _ in self.pinned]
-        self.stack.host.wait_written(0.002 if unwritten_here or self.reserved else WRITTEN_S)
+        """Until the writer has nothing to do; it cannot take what is pinned here."""
+        if self.pinned:
+            self.stack.host.wait_written(0.002)
+        else:
+            assert self.stack.host.wait_written(WRITTEN_S) == 0
 
     @rule(block_hash=BLOCKS)
     def put(self, block_hash: BlockHash) -> None:
@@ -69,7 +71,8 @@ class StackAgainstDict(RuleBasedStateMachine):
         located = self.stack.locate(hashes)
         views = [empty_view(BLOCK_BYTES) for _ in hashes]
         num_good = self.stack.load(hashes, views)
-        assert num_good == len(located)
+        # Of a writer at work, the disk may have lost a block meanwhile.
+        assert num_good == len(located) or (self.pinned and num_good < len(located))
         for block_hash, view in list(zip(hashes, views, strict=True))[:num_good]:
             assert view == self.stored[block_hash]
 
@@ -78,10 +81,10 @@ class StackAgainstDict(RuleBasedStateMachine):
         located = self.stack.locate(hashes)
         slots = self.stack.fetch_into_host(hashes)
         assert len(slots) <= len(located)
+        was_settled = not self.pinned
         self.pinned += zip(hashes, slots, strict=False)
         room = NUM_HOST - len({slot for _, slot in self.pinned}) - len(self.reserved)
-        # The writer holds one block at most.
-        assert len(slots) == len(located) or room <= 1
+        assert len(slots) == len(located) or room == 0 or not was_settled
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
