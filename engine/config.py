@@ -1,12 +1,12 @@
 """What an engine is told, and how many KV blocks that comes to."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
+from pdmesh.host_memory import available_host_bytes
 
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 # Of the memory that is free once the weights are loaded.
@@ -136,26 +136,7 @@ def available_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return min(_host_free_bytes(Path("/proc/meminfo")), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
-
-
-def _host_free_bytes(meminfo: Path) -> int:
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        # Not Linux: what is free is not told in one place. Never more than this is taken by default anyhow.
-        return 4 * _DEFAULT_CPU_CACHE_BYTES
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _cgroup_free_bytes(cgroup: Path) -> int:
-    """What control group v2 leaves this process, as in a container; without a limit, more than there can be."""
-    try:
-        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
-    except OSError:
-        return 1 << 62
-    return 1 << 62 if limit == "max" else max(0, int(limit) - int(used))
+    return available_host_bytes()
 
 
 def _check_positive(name: str, value: int | None) -> None:

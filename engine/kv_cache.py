@@ -16,7 +16,7 @@ import torch
 
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
-from pdmesh.host_memory import private_memory, shared_memory
+from pdmesh.kv_memory import private_memory, shared_memory
 from pdmesh.types import MemoryFile
 
 

@@ -1,3 +1,3 @@
-"""All that concerns KV blocks and no tensor arithmetic: who is alive and where blocks lie (directory), and how block
-bytes get from one worker to another (transfer).
+"""All that concerns KV blocks and no tensor arithmetic: who is alive and where blocks lie (directory), how block bytes
+get from one worker to another (transfer), and where those go that left a worker's cache (tiers).
 """

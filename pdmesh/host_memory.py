@@ -1,43 +1,29 @@
-"""Memory of this machine for KV blocks."""
+"""How much memory this machine, or the container around this process, has left."""
 
-import fcntl
-import mmap
-import os
+from pathlib import Path
 
-from pdmesh.types import MemoryFile
-
-# From linux/fcntl.h; Python names it from 3.15 on.
-_F_SEAL_FUTURE_WRITE = 0x0010
+# What is said where the system does not tell: less than any machine that serves a model has.
+_UNTOLD_BYTES = 4 << 30
 
 
-def private_memory(num_bytes: int) -> memoryview:
-    """Zeroed memory. What is never written costs nothing. Raises OSError where it cannot be had.
-
-    In pages of 2 MiB where the system has them: fewer of them to look up, and to be given.
-    """
-    return _in_large_pages(mmap.mmap(-1, num_bytes))
+def available_host_bytes() -> int:
+    """Free memory of the host, within this container's limit."""
+    return min(_machine_free_bytes(Path("/proc/meminfo")), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
 
 
-def shared_memory(num_bytes: int) -> tuple[memoryview, MemoryFile | None]:
-    """As `private_memory`, in a file that other processes may be lent to read, never to write; Linux only, else None.
-
-    The file ends with the last process that has it open: nothing is left behind, however this one ends.
-    """
-    if not hasattr(os, "memfd_create"):
-        return private_memory(num_bytes), None
-    descriptor = os.memfd_create("pdmesh-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _machine_free_bytes(meminfo: Path) -> int:
     try:
-        os.ftruncate(descriptor, num_bytes)
-        memory = mmap.mmap(descriptor, num_bytes)
-        # Our own mapping stays writable; from now on no other can be.
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+        lines = meminfo.read_text().splitlines()
     except OSError:
-        os.close(descriptor)
-        raise
-    return _in_large_pages(memory), MemoryFile(descriptor, num_bytes)
+        return _UNTOLD_BYTES
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _in_large_pages(memory: mmap.mmap) -> memoryview:
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+def _cgroup_free_bytes(cgroup: Path) -> int:
+    """What control group v2 leaves this process, as in a container; without a limit, more than there can be."""
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
+    except OSError:
+        return 1 << 62
+    return 1 << 62 if limit == "max" else max(0, int(limit) - int(used))

@@ -22,7 +22,7 @@ from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
 from pdmesh.hashing import BlockHash
-from pdmesh.host_memory import shared_memory
+from pdmesh.kv_memory import shared_memory
 from pdmesh.server import GrpcServer
 
 REQUEST_ID = "request"

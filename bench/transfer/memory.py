@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Sequence
 
-from pdmesh.host_memory import shared_memory
+from pdmesh.kv_memory import shared_memory
 
 
 class PlainMemory:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cpu.library import Kernels
-from pdmesh.host_memory import private_memory
+from pdmesh.kv_memory import private_memory
 
 # kernels/matrix.h: kPanel.
 PANEL = 32
