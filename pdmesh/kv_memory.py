@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import weakref
 
 from pdmesh.types import MemoryFile
 
@@ -21,7 +22,8 @@ def private_memory(num_bytes: int) -> memoryview:
 def shared_memory(num_bytes: int) -> tuple[memoryview, MemoryFile | None]:
     """As `private_memory`, in a file that other processes may be lent to read, never to write; Linux only, else None.
 
-    The file ends with the last process that has it open: nothing is left behind, however this one ends.
+    The file ends with the last process that has it open: nothing is left behind, however this one ends. Its descriptor
+    is closed with the memory.
     """
     if not hasattr(os, "memfd_create"):
         return private_memory(num_bytes), None
@@ -34,6 +36,7 @@ def shared_memory(num_bytes: int) -> tuple[memoryview, MemoryFile | None]:
     except OSError:
         os.close(descriptor)
         raise
+    weakref.finalize(memory, os.close, descriptor)
     return _in_large_pages(memory), MemoryFile(descriptor, num_bytes)
 
 

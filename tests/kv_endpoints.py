@@ -6,7 +6,6 @@ sends all blocks but the last, prints "sent", and waits for its end.
 """
 
 import asyncio
-import os
 import random
 import sys
 import threading
@@ -53,10 +52,6 @@ class BytesMemory:
         self._bytes, self.file = shared_memory(max(1, num_blocks * block_bytes))
         if seed is not None:
             self._bytes[:] = random.Random(seed).randbytes(len(self._bytes))
-
-    def close(self) -> None:
-        assert self.file is not None
-        os.close(self.file.descriptor)
 
     @property
     def content(self) -> bytes:
@@ -120,8 +115,6 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
         await senders.aclose()
         await channels.aclose()
         await ends.stop_receiving()
-        source.close()
-        target.close()
     assert hub.num_open_tickets == 0
     for thread in threading.enumerate():
         if thread.name.startswith("kv-"):

@@ -9,6 +9,7 @@ from kvstore.transfer.receiver import ReceiverHub
 from kvstore.transfer.senders import TRANSPORTS, KVSenders
 from pdmesh.channels import ChannelPool
 from pdmesh.server import GrpcServer
+from tests.kv_endpoints import new_journal
 from tests.tier_blocks import BLOCK_BYTES, block, key, keys
 
 
@@ -22,17 +23,21 @@ async def test_blocks_travel_from_one_host_memory_into_another(transport: str) -
     reserved = target.reserve(len(pinned))
     async with AsyncExitStack() as exit_stack:
         server = GrpcServer("127.0.0.1", 0)
-        hub = ReceiverHub(target, [transport], server, "127.0.0.1", "127.0.0.1")
+        hub = ReceiverHub(target, [transport], server, "127.0.0.1", "127.0.0.1", new_journal())
         await server.start()
         exit_stack.push_async_callback(server.stop)
         await hub.start()
         exit_stack.push_async_callback(hub.aclose)
         channels = await exit_stack.enter_async_context(aclosing(ChannelPool()))
-        senders = await exit_stack.enter_async_context(aclosing(KVSenders(source, "sender", channels.get)))
-        async with aclosing(hub.expect("request", 1, "sender", reserved, transport)) as incoming:
+        senders = await exit_stack.enter_async_context(
+            aclosing(KVSenders(source, "sender", channels.get, new_journal()))
+        )
+        async with aclosing(
+            hub.expect("request", 1, "store", "sender", reserved, keys(*numbers), transport)
+        ) as incoming:
             async with aclosing(senders.sender(incoming.grant, "request")) as sender:
                 await sender.open()
-                await sender.send(0, pinned)
+                await sender.send(0, pinned, keys(*numbers))
                 await sender.finish()
             await incoming.wait()
     source.unpin(pinned)
