@@ -216,8 +216,8 @@ class Engine(Protocol):
         """Leases the longest run of cached blocks that begins `hashes`."""
         ...
 
-    async def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
-        """Offers the first blocks of `lease`, all written, to the prefix cache as the KV that `hashes` name."""
+    async def commit(self, lease: BlockLease, first: int, hashes: Sequence[BlockHash]) -> None:
+        """Offers blocks of `lease`, from its `first` on and all written, to the prefix cache as what `hashes` name."""
         ...
 
     async def reserve(self, lease: BlockLease, num_blocks: int) -> None:

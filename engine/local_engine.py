@@ -216,9 +216,9 @@ class LocalEngine:
                 raise
         return lease
 
-    async def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
+    async def commit(self, lease: BlockLease, first: int, hashes: Sequence[BlockHash]) -> None:
         # The thread takes commands in order: whatever is asked of it after this finds the blocks.
-        self._thread.post(lambda scheduler: scheduler.commit(lease, hashes))
+        self._thread.post(lambda scheduler: scheduler.commit(lease, first, hashes))
 
     async def reserve(self, lease: BlockLease, num_blocks: int) -> None:
         self._check_running()

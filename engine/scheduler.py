@@ -157,10 +157,10 @@ class Scheduler:
         """Fills an empty lease; see Engine.acquire_blocks."""
         self._leases.pin_prefix(lease, list(hashes))
 
-    def commit(self, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
-        """Offers the first blocks of a lease, all written, to the prefix cache; does nothing to a released one."""
+    def commit(self, lease: BlockLease, first: int, hashes: Sequence[BlockHash]) -> None:
+        """Offers written blocks of a lease to the prefix cache; does nothing to a released one."""
         if lease in self._leases:
-            for block_id, block_hash in zip(lease.block_ids, hashes, strict=False):
+            for block_id, block_hash in zip(lease.block_ids[first:], hashes, strict=False):
                 self.pool.commit(block_id, block_hash)
 
     def reserve(self, reservation: Reservation) -> None:

@@ -1,0 +1,102 @@
+"""Is it cheaper to bring a prompt's KV from somewhere, or to compute it? Bytes, link speed and compute speed."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# What an origin is taken for until it was measured: seconds before the first byte, then bytes a second.
+HOST, DISK, REMOTE = "host", "disk", "remote"
+_FIRST_GUESS = {HOST: (0.0005, 4e9), DISK: (0.002, 8e8), REMOTE: (0.005, 5e8)}
+# Tokens a second, until a prompt was computed here. Low: what is fetched needlessly once teaches the true speed.
+_COMPUTE_GUESS = 500.0
+# Share of the newest measurement in what is believed.
+_NEWEST = 0.3
+# Smaller ones say more of the machine's mood than of its speed.
+_MIN_BYTES, _MIN_TOKENS = 1 << 20, 64
+
+
+class Speeds:
+    """What was measured of loading and computing here. Owned by one event loop."""
+
+    def __init__(self) -> None:
+        self._bytes_per_s: dict[str, float] = {}
+        self._tokens_per_s = _COMPUTE_GUESS
+        self._computed = False
+
+    def note_load(self, origin: str, num_bytes: int, duration_s: float) -> None:
+        """So much came from `origin`, one of HOST, DISK or a worker's id."""
+        if num_bytes >= _MIN_BYTES:
+            delay_s, guess = _FIRST_GUESS.get(origin, _FIRST_GUESS[REMOTE])
+            measured = num_bytes / max(duration_s - delay_s, 1e-6)
+            before = self._bytes_per_s.get(origin)
+            self._bytes_per_s[origin] = measured if before is None else before + _NEWEST * (measured - before)
+
+    def note_compute(self, num_tokens: int, duration_s: float) -> None:
+        """So many prompt tokens were computed in so long."""
+        if num_tokens >= _MIN_TOKENS and duration_s > 0:
+            measured = num_tokens / duration_s
+            step = measured - self._tokens_per_s
+            self._tokens_per_s = self._tokens_per_s + _NEWEST * step if self._computed else measured
+            self._computed = True
+
+    def load_s(self, origin: str, num_bytes: int) -> float:
+        """How long so many bytes from `origin` should take."""
+        if not num_bytes:
+            return 0.0
+        delay_s, guess = _FIRST_GUESS.get(origin, _FIRST_GUESS[REMOTE])
+        return delay_s + num_bytes / self._bytes_per_s.get(origin, guess)
+
+    def compute_s(self, num_tokens: int) -> float:
+        """How long so many prompt tokens should take."""
+        return num_tokens / self._tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """From where the blocks after those in the cache come; the rest of the prompt is computed.
+
+    Attributes:
+        num_own: Blocks to load from this worker's own tiers.
+        source: Place, in the list of sources, of whom to fetch from after that; None: nobody.
+        seconds: What all of it should take.
+    """
+
+    num_own: int
+    source: int | None
+    seconds: float
+
+
+def cheapest(
+    speeds: Speeds,
+    *,
+    num_missing: int,
+    own: Iterable[str],
+    sources: Iterable[tuple[str, int]],
+    block_bytes: int,
+    block_size: int,
+) -> Plan:
+    """The plan that should take least; for equal times, the one that computes.
+
+    Args:
+        num_missing: Full blocks of the prompt that are not in the cache.
+        own: Tier of each of the missing blocks that this worker's tiers hold, from the first on: HOST or DISK.
+        sources: Id of each other holder, and how many of the missing blocks it has, from the first on.
+        block_bytes: Bytes of a block.
+        block_size: Tokens of a block.
+    """
+    tiers = list(own)[:num_missing]
+    own_s = sum(speeds.load_s(tier, tiers.count(tier) * block_bytes) for tier in set(tiers))
+
+    def total_s(num_own: int, source_s: float, num_brought: int) -> float:
+        loading_s = own_s if num_own else 0.0
+        return loading_s + source_s + speeds.compute_s((num_missing - num_brought) * block_size)
+
+    plans = [Plan(0, None, total_s(0, 0.0, 0))]
+    if tiers:
+        plans.append(Plan(len(tiers), None, total_s(len(tiers), 0.0, len(tiers))))
+    for place, (origin, held) in enumerate(sources):
+        held = min(held, num_missing)
+        for num_own in {0, len(tiers)}:
+            if held > num_own:
+                source_s = speeds.load_s(origin, (held - num_own) * block_bytes)
+                plans.append(Plan(num_own, place, total_s(num_own, source_s, held)))
+    return min(plans, key=lambda plan: plan.seconds)
