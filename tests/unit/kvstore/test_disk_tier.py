@@ -183,6 +183,15 @@ def check_first_is_dropped(tier: DiskTier) -> None:
     assert held(tier, 1, 2) == [1, 2]
 
 
+def test_a_block_that_was_dropped_is_not_found_by_the_next_start(tmp_path: Path) -> None:
+    with disk_tier(tmp_path) as tier:
+        tier.put(key(1), block(1))
+        damage(tier.directory / "blocks", 0, mask=0x10)
+        assert held(tier, 1) == []
+    with disk_tier(tmp_path) as tier:
+        assert key(1) not in tier
+
+
 @pytest.mark.parametrize("kept", [0, 1, 4096, BLOCK_BYTES - 1])
 def test_a_block_file_that_was_cut_gives_no_half_blocks(tmp_path: Path, kept: int) -> None:
     with disk_tier(tmp_path, num_blocks=1) as tier:
