@@ -28,7 +28,6 @@ from kvstore.transfer.receipt import Expected, Receipt
 from kvstore.transfer.receiver import ReceiverHub
 from kvstore.transfer.streams import ClientStream
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import UnavailableError
 from pdmesh.hashing import root_hash, sequence_hashes
 from pdmesh.types import KVSource, TokenLogprob
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
@@ -141,12 +140,12 @@ class Handoff:
                 reading.cancel()
                 beating.cancel()
         except BaseExceptionGroup as failed:
-            stream.cancel()
+            await stream.aclose()
             if isinstance(failed.exceptions[0], _KVNotNeeded):
                 return False
             raise failed.exceptions[0] from failed
         except BaseException:
-            stream.cancel()
+            await stream.aclose()
             raise
         ending = asyncio.create_task(stream.end())
         self._ending.add(ending)
@@ -183,7 +182,6 @@ class Handoff:
                 case "complete":
                     # All is verified, and whoever waits for that is about to learn it.
                     return
-        raise UnavailableError(f"{report.worker_id} ended before the KV was here", stage="prefill")
 
     async def _receive(
         self,

@@ -1,4 +1,4 @@
-"""A decode worker as a process: wires engine, directory, receivers and servicer, and owns their lives."""
+"""A decode worker as a process: wires engine, directory, exchange and servicer, and owns their lives."""
 
 from decode.config import DecodeConfig
 from decode.handoff import Handoff
@@ -6,12 +6,10 @@ from decode.servicer import DecodeServicer
 from decode.worker import DecodeWorker
 from engine.api import Engine
 from kvstore.directory import Directory
-from kvstore.transfer.receiver import ReceiverHub
-from pdmesh.channels import ChannelPool
 from pdmesh.types import Role
 from pdmesh.v1 import decode_pb2_grpc
+from worker.exchange import WorkerExchange
 from worker.host import WorkerHost
-from worker.memory import EngineMemory
 
 
 class DecodeService:
@@ -19,24 +17,14 @@ class DecodeService:
 
     def __init__(self, config: DecodeConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.DECODE, engine, directory)
-        self._channels = ChannelPool()
-        listen = config.worker.service
-        self._hub = ReceiverHub(
-            EngineMemory(engine),
-            config.transport_names,
-            self.host.server,
-            listen.host,
-            listen.advertised_host,
-            self.host.journal,
-        )
-        self.host.num_tickets = lambda: self._hub.num_open_tickets
-        self._handoff = Handoff(self.host, engine, self._hub, self._channels)
-        worker = DecodeWorker(engine, self._handoff, config.short_prefill_tokens)
+        self._exchange = WorkerExchange(self.host, engine, directory, config.worker.service, config.transport_names)
+        self._handoff = Handoff(self.host, engine, self._exchange.hub, self._exchange.channels)
+        worker = DecodeWorker(engine, self._handoff, self._exchange.prefixes, config.short_prefill_tokens)
         servicer = DecodeServicer(self.host, worker)
         self.host.server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "pdmesh.v1.Decode")
 
     async def start(self) -> None:
-        await self._hub.start()
+        await self._exchange.start()
         await self.host.start()
 
     async def drain_asked(self) -> None:
@@ -48,5 +36,4 @@ class DecodeService:
     async def close(self) -> None:
         await self.host.close()
         await self._handoff.aclose()
-        await self._hub.aclose()
-        await self._channels.aclose()
+        await self._exchange.aclose()

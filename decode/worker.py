@@ -1,8 +1,8 @@
 """One request's life on a decode worker.
 
 1. Its completions share the prompt. The first of them leads: it gets the prompt's KV here.
-2. What the prefix cache holds of it is pinned. If little is left to compute, or nobody is to be asked, the engine
-   computes it here, like any prompt.
+2. What left the prefix cache for a lower tier comes back if that is cheap; what the cache holds is pinned. If little
+   is left to compute, or nobody is to be asked, the engine computes it here, like any prompt.
 3. Otherwise prefill workers are asked, one after the other until one delivers (`Handoff`); if all fail, the
    engine computes it here after all. The first token is passed on once, whoever sampled it.
 4. The KV that came is committed and the request joins the running batch.
@@ -21,6 +21,7 @@ from engine.api import Engine, EngineRequest, ImportedPrompt, OutputStream, Toke
 from engine.request import check_stop
 from pdmesh.errors import DeadlineError, InvalidRequestError, MeshError, UnavailableError
 from pdmesh.sampling import SamplingParams
+from worker.prefixes import Prefixes
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +79,14 @@ class DecodeWorker:
     Args:
         engine: Generates.
         handoff: Gets prompts from prefill workers.
+        prefixes: Brings back what left the engine's cache.
         short_prefill_tokens: Prompts with fewer tokens to compute are computed here.
     """
 
-    def __init__(self, engine: Engine, handoff: Handoff, short_prefill_tokens: int) -> None:
+    def __init__(self, engine: Engine, handoff: Handoff, prefixes: Prefixes, short_prefill_tokens: int) -> None:
         self._engine = engine
         self._handoff = handoff
+        self._prefixes = prefixes
         self._short_prefill_tokens = short_prefill_tokens
 
     def validate(self, request: DecodeRequest) -> None:
@@ -112,6 +115,7 @@ class DecodeWorker:
     async def _lead(self, request: DecodeRequest, index: int, emit: Emit, prompt_is_here: asyncio.Event) -> None:
         completion = request.completion(index)
         report = Report()
+        await self._prefixes.bring(completion.prompt_token_ids + completion.output_token_ids, completion.cache_salt)
         first = _FirstTokenOnce(completion, index, self._engine.model.max_model_len, report, emit)
         imported = await self._fetch(request, completion, first, report) if request.targets else None
         if report.worker_id and not first.finished:

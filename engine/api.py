@@ -119,7 +119,11 @@ class BlockEvents:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """What the engine holds. When it is idle, all are 0 but the blocks, and free blocks equal all blocks."""
+    """What the engine holds. When it is idle, it holds no requests and leases, and free blocks equal all blocks.
+
+    Attributes:
+        prefill_token_s: Seconds that computing a prompt takes for each token, as steps so far showed; 0: not known.
+    """
 
     num_requests: int
     num_leases: int
@@ -127,6 +131,7 @@ class EngineStatus:
     num_free_blocks: int
     num_cached_blocks: int
     num_steps: int
+    prefill_token_s: float = 0.0
 
 
 class OutputStream(Protocol):

@@ -94,6 +94,11 @@ class PrefillShare:
         """Tells how long a step of so many tokens took."""
         self._estimate.record(num_tokens, duration_s)
 
+    def token_s(self, num_tokens: int) -> float:
+        """What a prompt token costs in a step of so many, in seconds; 0 until that is known."""
+        cost = self._estimate.cost
+        return cost.of(num_tokens) / num_tokens if cost is not None else 0.0
+
     def max_tokens(self, num_decodes: int, num_queued_tokens: int) -> int | None:
         """Prompt tokens for a step with `num_decodes` decodes; None: as many as fit.
 

@@ -264,6 +264,7 @@ class Scheduler:
             num_free_blocks=self.pool.num_free_blocks,
             num_cached_blocks=self.pool.num_cached_blocks,
             num_steps=num_steps,
+            prefill_token_s=self._prefill_share.token_s(self.config.max_prefill_chunk),
         )
 
     def drain_block_events(self) -> BlockEvents:

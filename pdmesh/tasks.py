@@ -1,7 +1,11 @@
-"""Waiting that cancellation may not cut short, for those who free what somebody else still uses."""
+"""Ways to wait: one that cancellation may not cut short, for those who free what somebody else still uses; and two
+things at once, of which one is the work and the other may only fail."""
 
 import asyncio
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def settled(future: asyncio.Future[Any]) -> None:
@@ -19,3 +23,20 @@ async def settled(future: asyncio.Future[Any]) -> None:
         future.exception()
     if cancelled is not None:
         raise cancelled
+
+
+async def beside(work: Coroutine[Any, Any, T], *watching: Coroutine[Any, Any, None]) -> T:
+    """What `work` returns. `watching` runs beside it and is cancelled when it ends; what any of them raises ends all.
+
+    Returns when all have ended.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(watch) for watch in watching]
+            working = group.create_task(work)
+            result = await working
+            for task in tasks:
+                task.cancel()
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return result

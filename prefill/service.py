@@ -1,16 +1,15 @@
-"""A prefill worker as a process: wires engine, directory, senders and servicer, and owns their lives."""
+"""A prefill worker as a process: wires engine, directory, exchange and servicer, and owns their lives."""
 
 from engine.api import Engine
 from kvstore.directory import Directory
-from kvstore.transfer.senders import KVSenders
-from pdmesh.channels import ChannelPool
+from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.types import Role
 from pdmesh.v1 import prefill_pb2_grpc
 from prefill.config import PrefillConfig
 from prefill.servicer import PrefillServicer
 from prefill.worker import PrefillWorker
+from worker.exchange import WorkerExchange
 from worker.host import WorkerHost
-from worker.memory import EngineMemory
 
 
 class PrefillService:
@@ -18,14 +17,15 @@ class PrefillService:
 
     def __init__(self, config: PrefillConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.PREFILL, engine, directory)
-        self._channels = ChannelPool()
-        self._senders = KVSenders(EngineMemory(engine), self.host.incarnation, self._channels.get, self.host.journal)
-        worker = PrefillWorker(engine, self._senders)
+        self._exchange = WorkerExchange(self.host, engine, directory, config.worker.service, TRANSPORTS)
+        worker = PrefillWorker(engine, self._exchange.senders, self._exchange.prefixes, self._exchange.feed)
         servicer = PrefillServicer(self.host, worker)
         self.host.server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "pdmesh.v1.Prefill")
 
     async def start(self) -> None:
+        await self._exchange.start()
         await self.host.start()
+        self._exchange.feed.start()
 
     async def drain_asked(self) -> None:
         await self.host.leaving_asked()
@@ -35,5 +35,4 @@ class PrefillService:
 
     async def close(self) -> None:
         await self.host.close()
-        await self._senders.aclose()
-        await self._channels.aclose()
+        await self._exchange.aclose()

@@ -1,6 +1,8 @@
 """One prompt's life on a prefill worker.
 
-1. It queues in the engine; no memory is held for it anywhere. Meanwhile the connection to the decode worker is opened.
+1. What is cheaper to bring than to compute comes into the engine's cache: from this worker's tiers, from another
+   worker, from a store. Meanwhile the connection to the decode worker is opened. Then the prompt queues in the engine;
+   no memory is held for it anywhere.
 2. First scheduled: the decode worker is told (`Started`), and answers in its time with a grant.
 3. Each step computes a chunk. Blocks that are full and not held by the decode worker become ready; once the
    grant is here they are sent, while the next chunk computes.
@@ -8,7 +10,8 @@
    stays here, in the request's own blocks, until the grant comes, or the stream or the lease ends.
 5. The rest is sent, the receiver acknowledges all of it (`Complete`). A transport that fails is told
    (`TransferFailed`); the next grant is for another one, and all is sent again.
-6. However it ends, the shipment is closed and the blocks go back, in one `finally`.
+6. Its full blocks are offered to the cluster's stores.
+7. However it ends, the shipment is closed and the blocks go back, in one `finally`.
 """
 
 import asyncio
@@ -24,6 +27,8 @@ from kvstore.transfer.shipment import Shipment
 from pdmesh.errors import CancelledRequestError, MeshError
 from pdmesh.hashing import BlockHash, block_hash, root_hash
 from pdmesh.types import KVSource
+from worker.prefixes import Prefixes
+from worker.store_feed import StoreFeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +105,23 @@ class Prompt:
 
 
 class PrefillWorker:
-    """Computes prompts with `engine` and ships their blocks with `senders`; holds nothing between requests."""
+    """Computes prompts with `engine` and ships their blocks with `senders`; holds nothing between requests.
 
-    def __init__(self, engine: Engine, senders: KVSenders) -> None:
+    Args:
+        engine: Computes.
+        senders: Ship.
+        prefixes: Brings what need not be computed.
+        feed: Is offered what was computed.
+    """
+
+    def __init__(self, engine: Engine, senders: KVSenders, prefixes: Prefixes, feed: StoreFeed) -> None:
         self._engine = engine
         self._senders = senders
+        self._prefixes = prefixes
+        self._feed = feed
 
     async def run(self, prompt: Prompt, messages: AsyncIterator[Message], emit: Callable[[Event], None]) -> None:
-        """Steps 1 to 6, reporting each event as it happens.
+        """Steps 1 to 7, reporting each event as it happens.
 
         Args:
             messages: From the decode worker. It may leave at any time, by ending them or by failing them.
@@ -118,16 +132,21 @@ class PrefillWorker:
         def on_failed(grant_number: int, error: MeshError) -> None:
             emit(TransferFailed(grant_number, error))
 
+        arrived = time.monotonic()
+        request = prompt.request
+        if request.sampling.prompt_logprobs is None:
+            token_ids = request.prompt_token_ids + request.output_token_ids
+            await self._prefixes.bring(token_ids, request.cache_salt, prompt.sources)
         try:
             # The shipment is closed first: it reads blocks that the engine then takes back.
             async with (
-                aclosing(self._engine.prefill(prompt.request)) as updates,
+                aclosing(self._engine.prefill(request)) as updates,
                 aclosing(self._shipment(prompt, on_failed)) as shipment,
             ):
                 async with asyncio.TaskGroup() as group:
                     listening = group.create_task(_listen(messages, shipment))
                     negotiating = group.create_task(self._senders.negotiate(prompt.offers, prompt.decode_worker_id))
-                    computing = group.create_task(self._compute(prompt, updates, negotiating, shipment, emit))
+                    computing = group.create_task(self._compute(prompt, arrived, updates, negotiating, shipment, emit))
                     # Before the last block is computed it ends only by failing: then computing on is of no use.
                     stats = await shipment.wait()
                     await computing
@@ -142,12 +161,12 @@ class PrefillWorker:
     async def _compute(
         self,
         prompt: Prompt,
+        arrived: float,
         updates: PrefillStream,
         negotiating: asyncio.Task[Negotiation],
         shipment: Shipment,
         emit: Callable[[Event], None],
     ) -> None:
-        arrived = time.monotonic()
         started: float | None = None
         async for update in updates:
             if started is None:
@@ -158,6 +177,7 @@ class PrefillWorker:
             shipment.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
             if update.output is not None:
                 emit(FirstToken(update.output, compute_s=time.monotonic() - started))
+                self._feed.offer(update.block_hashes)
 
     def _hashes(self, request: EngineRequest, update: PrefillUpdate) -> Sequence[BlockHash]:
         """Identity of the blocks that may travel: the full ones, and at the end the partial one too."""

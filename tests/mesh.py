@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.local_engine import LocalEngine
 from kvstore.directory import Directory
 from kvstore.memory_directory import MemoryDirectory
+from kvstore.tiers.config import TierConfig
 from pdmesh import AsyncClient
 from pdmesh.config import ServiceConfig
 from prefill.config import PrefillConfig
@@ -39,6 +40,8 @@ class Mesh:
         engine: Fields of EngineConfig.
         decode: Fields of DecodeConfig.
         router: Fields of RouterConfig.
+        prefill_tiers: Fields of TierConfig of prefill workers; in kv_disk_dir each has a directory of its own.
+        decode_tiers: Likewise.
         max_requests: Of each worker.
         directory: Shared by all; none of the services closes it.
     """
@@ -46,10 +49,12 @@ class Mesh:
     model: Path
     num_prefill: int = 1
     num_decode: int = 1
-    transports: str = "tcp,grpc"
+    transports: str = "shm,tcp,grpc"
     engine: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     router: dict[str, Any] = field(default_factory=dict)
+    prefill_tiers: dict[str, Any] = field(default_factory=dict)
+    decode_tiers: dict[str, Any] = field(default_factory=dict)
     max_requests: int = 256
     directory: Directory = field(default_factory=MemoryDirectory)
 
@@ -84,25 +89,27 @@ class Mesh:
         return [*self.prefills, *self.decodes]
 
     async def add_prefill(self) -> PrefillService:
-        config = PrefillConfig(self._worker_config(f"prefill-{len(self.prefills)}"))
+        config = PrefillConfig(self._worker_config(f"prefill-{len(self.prefills)}", self.prefill_tiers))
         service = PrefillService(config, LocalEngine(config.worker.engine, lend_kv=True), self.directory)
         self.prefills.append(service)
         await service.start()
         return service
 
     async def add_decode(self) -> DecodeService:
-        worker = self._worker_config(f"decode-{len(self.decodes)}")
+        worker = self._worker_config(f"decode-{len(self.decodes)}", self.decode_tiers)
         config = DecodeConfig(**{"worker": worker, "transports": self.transports, **self.decode})
         service = DecodeService(config, LocalEngine(config.worker.engine), self.directory)
         self.decodes.append(service)
         await service.start()
         return service
 
-    def _worker_config(self, worker_id: str) -> WorkerConfig:
+    def _worker_config(self, worker_id: str, tiers: dict[str, Any]) -> WorkerConfig:
         engine = EngineConfig(
             **{"model": str(self.model), "dtype": "float32", "num_blocks": 512, "num_threads": 1, **self.engine}
         )
-        return WorkerConfig(ServiceConfig(), engine, worker_id, self.max_requests)
+        if "kv_disk_dir" in tiers:
+            tiers = {**tiers, "kv_disk_dir": f"{tiers['kv_disk_dir']}/{worker_id}"}
+        return WorkerConfig(ServiceConfig(), engine, TierConfig(**tiers), worker_id, self.max_requests)
 
     async def _assert_nothing_left(self) -> None:
         """Closed services leave no registration, no task and no thread of ours."""

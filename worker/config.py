@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
+from kvstore.tiers.config import TierConfig
 from pdmesh.config import ServiceConfig, option
 
 
@@ -10,5 +11,6 @@ from pdmesh.config import ServiceConfig, option
 class WorkerConfig:
     service: ServiceConfig
     engine: EngineConfig
+    tiers: TierConfig
     worker_id: str | None = option("name of this worker, unique in the cluster; default: drawn", default=None)
     max_requests: int = option("requests held at once, queued ones included; more are refused", default=256)

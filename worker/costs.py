@@ -1,42 +1,37 @@
 """Is it cheaper to bring a prompt's KV from somewhere, or to compute it? Bytes, link speed and compute speed."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 # What an origin is taken for until it was measured: seconds before the first byte, then bytes a second.
 HOST, DISK, REMOTE = "host", "disk", "remote"
 _FIRST_GUESS = {HOST: (0.0005, 4e9), DISK: (0.002, 8e8), REMOTE: (0.005, 5e8)}
-# Tokens a second, until a prompt was computed here. Low: what is fetched needlessly once teaches the true speed.
-_COMPUTE_GUESS = 500.0
+# Seconds for a prompt token until prompts were computed here. Much: what is brought needlessly once does no harm.
+_COMPUTE_GUESS_S = 0.002
 # Share of the newest measurement in what is believed.
 _NEWEST = 0.3
 # Smaller ones say more of the machine's mood than of its speed.
-_MIN_BYTES, _MIN_TOKENS = 1 << 20, 64
+_MIN_BYTES = 1 << 20
 
 
 class Speeds:
-    """What was measured of loading and computing here. Owned by one event loop."""
+    """What was measured of loading and computing here. Owned by one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        prefill_token_s: Seconds that a prompt token takes to compute; 0 where that is not known yet.
+    """
+
+    def __init__(self, prefill_token_s: Callable[[], float]) -> None:
+        self._prefill_token_s = prefill_token_s
         self._bytes_per_s: dict[str, float] = {}
-        self._tokens_per_s = _COMPUTE_GUESS
-        self._computed = False
 
     def note_load(self, origin: str, num_bytes: int, duration_s: float) -> None:
         """So much came from `origin`, one of HOST, DISK or a worker's id."""
         if num_bytes >= _MIN_BYTES:
-            delay_s, guess = _FIRST_GUESS.get(origin, _FIRST_GUESS[REMOTE])
+            delay_s = _FIRST_GUESS.get(origin, _FIRST_GUESS[REMOTE])[0]
             measured = num_bytes / max(duration_s - delay_s, 1e-6)
             before = self._bytes_per_s.get(origin)
             self._bytes_per_s[origin] = measured if before is None else before + _NEWEST * (measured - before)
-
-    def note_compute(self, num_tokens: int, duration_s: float) -> None:
-        """So many prompt tokens were computed in so long."""
-        if num_tokens >= _MIN_TOKENS and duration_s > 0:
-            measured = num_tokens / duration_s
-            step = measured - self._tokens_per_s
-            self._tokens_per_s = self._tokens_per_s + _NEWEST * step if self._computed else measured
-            self._computed = True
 
     def load_s(self, origin: str, num_bytes: int) -> float:
         """How long so many bytes from `origin` should take."""
@@ -47,7 +42,7 @@ class Speeds:
 
     def compute_s(self, num_tokens: int) -> float:
         """How long so many prompt tokens should take."""
-        return num_tokens / self._tokens_per_s
+        return num_tokens * (self._prefill_token_s() or _COMPUTE_GUESS_S)
 
 
 @dataclass(frozen=True, slots=True)

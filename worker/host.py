@@ -21,6 +21,9 @@ from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from engine.api import Engine
 from kvstore.announcer import Announcer
 from kvstore.directory import Directory
+from kvstore.tiers.base import TierChange
+from kvstore.tiers.metrics import TierCollector
+from kvstore.tiers.stack import TierStack
 from kvstore.transfer.journal import TransferJournal
 from pdmesh.errors import OverloadedError, PreconditionError, UnavailableError
 from pdmesh.metrics_server import MetricsServer
@@ -49,6 +52,8 @@ class WorkerHost:
         self.server = GrpcServer(service.host, service.port, service.advertised_host)
         self.server.add(cluster_pb2_grpc.add_WorkerServicer_to_server, _WorkerServicer(self), "pdmesh.v1.Worker")
         self._drain_requested = asyncio.Event()
+        self.tiers: TierStack | None = None
+        self._tier_config = config.tiers
         self.num_tickets: Callable[[], int] = lambda: 0
         self.registry = CollectorRegistry()
         self.journal = TransferJournal(self.registry)
@@ -95,6 +100,7 @@ class WorkerHost:
         started = time.monotonic()
         await self.engine.start(self._on_progress)
         self.engine.subscribe_blocks(lambda events: self._announcer.on_blocks(events.stored, events.removed))
+        self._open_tiers()
         self._info = replace(
             self._info, state=WorkerState.READY, facts=self.engine.facts, model=self.engine.model, loaded_bytes=0,
             total_bytes=0,
@@ -105,6 +111,22 @@ class WorkerHost:
             "%s serves %s at %s, loaded in %.1f s",
             self.worker_id, self.engine.model.name, self.server.address, time.monotonic() - started,
         )  # fmt: skip
+
+    def _open_tiers(self) -> None:
+        """Has KV that leaves the engine's cache kept, where the operator gave room for it. Raises ConfigError."""
+        self.tiers = self._tier_config.open(self.engine.facts, self.engine.memory.block_bytes)
+        if self.tiers is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def on_change(change: TierChange) -> None:
+            # On any thread, and perhaps after the loop has gone.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._announcer.on_blocks, change.stored, change.removed, change.tier)
+
+        self.tiers.subscribe(on_change)
+        self.registry.register(TierCollector(self.tiers.stats))
+        self.engine.keep_evicted(self.tiers.put)
 
     def _on_progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self._info = replace(self._info, loaded_bytes=loaded_bytes, total_bytes=total_bytes)
@@ -134,6 +156,8 @@ class WorkerHost:
         await self._announcer.stop()
         await self.server.stop()
         await self.engine.close()
+        if self.tiers is not None:
+            await asyncio.to_thread(self.tiers.close)
         await self._metrics.aclose()
         await self._directory.aclose()
 

@@ -43,7 +43,7 @@ class Prefixes:
         self._engine = engine
         self._tiers = tiers
         self._fetcher = fetcher
-        self.speeds = speeds
+        self._speeds = speeds
         # By the first block that is on its way: two prompts with one beginning bring it once.
         self._bringing: dict[BlockHash, asyncio.Event] = {}
 
@@ -81,7 +81,7 @@ class Prefixes:
         num_cached = lease.num_cached_blocks
         missing = hashes[num_cached:]
         plan = cheapest(
-            self.speeds,
+            self._speeds,
             num_missing=len(missing),
             own=[_ORIGINS[tier] for tier in tiers.locate(missing)] if tiers is not None else (),
             sources=[(source.worker_id, source.num_blocks - num_cached) for source in sources],
@@ -114,7 +114,7 @@ class Prefixes:
         num_loaded = loading.result()
         memory.to_device(block_ids[:num_loaded])
         await self._engine.commit(lease, num_cached, hashes[:num_loaded])
-        self.speeds.note_load(origin, num_loaded * memory.block_bytes, time.monotonic() - began)
+        self._speeds.note_load(origin, num_loaded * memory.block_bytes, time.monotonic() - began)
         return num_loaded
 
     async def _fetch(self, source: KVSource, lease: BlockLease, hashes: Sequence[BlockHash]) -> None:
@@ -132,4 +132,4 @@ class Prefixes:
         block_ids = lease.block_ids[num_held:]
         self._engine.memory.to_device(block_ids)
         await self._engine.commit(lease, num_held, hashes[num_held : num_held + len(block_ids)])
-        self.speeds.note_load(source.worker_id, stats.num_bytes, time.monotonic() - began)
+        self._speeds.note_load(source.worker_id, stats.num_bytes, time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""KV blocks that one process has and another wants: `pdmesh.v1.KVBlocks`, both ends.
+"""KV blocks that one process has and another wants: `pdmesh.v1.KVBlocks` and `KVStore`.
 
 shelf      where blocks are taken from: a worker's cache, a store's memory
 fetching   the calling end of Fetch

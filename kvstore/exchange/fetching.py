@@ -21,6 +21,7 @@ from kvstore.transfer.streams import ClientStream
 from pdmesh.channels import ChannelPool
 from pdmesh.errors import UnavailableError
 from pdmesh.hashing import BlockHash
+from pdmesh.tasks import beside
 from pdmesh.types import KVSource, PairingFacts
 from pdmesh.v1 import kv_blocks_pb2 as pb
 from pdmesh.v1 import kv_blocks_pb2_grpc
@@ -81,7 +82,7 @@ class BlockFetcher:
             await stream.write(pb.FetchRequest(start=start))
             stats = await self._receive(stream, source, request_id, hashes, num_held, reserve)
         except BaseException:
-            stream.cancel()
+            await stream.aclose()
             raise
         ending = asyncio.create_task(stream.end())
         self._ending.add(ending)
@@ -124,17 +125,8 @@ class BlockFetcher:
                         receipt.failed(failed.grant_number, failed.reason, failed.message)
                     case "complete":
                         return
-            raise UnavailableError(f"{source.worker_id} ended before the blocks were here", stage="transfer")
 
         async def grant(number: int, grant: Grant) -> None:
             await stream.write(pb.FetchRequest(grant=grant_to_pb(number, grant)))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                listening, beating = group.create_task(listen()), group.create_task(stream.beat())
-                stats = await receipt.run(expected, list(found.transports), grant)
-                listening.cancel()
-                beating.cancel()
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
-        return stats
+        return await beside(receipt.run(expected, list(found.transports), grant), listen(), stream.beat())

@@ -1,4 +1,4 @@
-"""The calling end of `KVBlocks.Put`: what was just computed, for a store to keep.
+"""The calling end of `KVStore.Put`: what was just computed, for a store to keep.
 
 we                                           a store
   │ ── PutStart: hashes ───────────────────▶ │  which of them it lacks and has room for
@@ -14,14 +14,15 @@ import itertools
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from kvstore.transfer.base import BlockMemory
+from kvstore.transfer.base import BlockMemory, TransferStats
 from kvstore.transfer.messages import failed_to_pb, grant_from_pb, offers_from_pb
 from kvstore.transfer.senders import KVSenders
 from kvstore.transfer.shipment import Shipment
 from kvstore.transfer.streams import ClientStream
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.errors import MeshError
 from pdmesh.hashing import BlockHash
+from pdmesh.tasks import beside
 from pdmesh.types import PairingFacts
 from pdmesh.v1 import kv_blocks_pb2 as pb
 from pdmesh.v1 import kv_blocks_pb2_grpc
@@ -60,7 +61,7 @@ class BlockPutter:
 
         Returns how many bytes it took. Raises MeshError.
         """
-        stub = kv_blocks_pb2_grpc.KVBlocksStub(self._channels.get(address))
+        stub = kv_blocks_pb2_grpc.KVStoreStub(self._channels.get(address))
         request_id = f"{self._worker_id}/put-{next(self._numbers)}"
         stream: _PutStream = ClientStream(
             stub.Put(), store_id, pb.PutRequest(heartbeat=kv_pb.Heartbeat()), stage="transfer"
@@ -79,6 +80,8 @@ class BlockPutter:
             wanted = (await anext(responses, pb.PutResponse())).wanted
             if not wanted.indexes:
                 return 0
+            # The store has committed what it got.
+            kept = asyncio.Event()
             failures: asyncio.Queue[pb.PutRequest] = asyncio.Queue()
 
             def on_failed(grant_number: int, error: MeshError) -> None:
@@ -94,10 +97,10 @@ class BlockPutter:
                         case "grant":
                             shipment.granted(response.grant.number, grant_from_pb(response.grant))
                         case "complete":
+                            kept.set()
                             return
                         case _:
                             shipment.alive()
-                raise UnavailableError(f"{store_id} ended before it had the blocks", stage="transfer")
 
             async with aclosing(Shipment(memory, self._senders, request_id, store_id, on_failed)) as shipment:
                 chosen = list(wanted.indexes)
@@ -105,16 +108,13 @@ class BlockPutter:
                 negotiation = await self._senders.negotiate(offers_from_pb(wanted.offers), store_id)
                 ready = pb.PutReady(transports=negotiation.usable, unusable=dict(negotiation.unusable))
                 await stream.write(pb.PutRequest(ready=ready))
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        beside = [group.create_task(tell_failures()), group.create_task(stream.beat())]
-                        listening = group.create_task(listen())
-                        stats = await shipment.wait()
-                        await listening
-                        for task in beside:
-                            task.cancel()
-                except BaseExceptionGroup as failed:
-                    raise failed.exceptions[0] from failed
+
+                async def ship() -> TransferStats:
+                    stats = await shipment.wait()
+                    await kept.wait()
+                    return stats
+
+                stats = await beside(ship(), listen(), tell_failures(), stream.beat())
             return stats.num_bytes
         finally:
-            stream.cancel()
+            await stream.aclose()

@@ -1,6 +1,5 @@
 """`KVBlocks.Fetch` on the side that has the blocks."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
@@ -11,6 +10,7 @@ from kvstore.transfer.shipment import Shipment
 from kvstore.transfer.streams import responses_of
 from pdmesh.errors import CancelledRequestError, InvalidRequestError, MeshError, PreconditionError
 from pdmesh.hashing import HASH_BYTES, BlockHash
+from pdmesh.tasks import beside
 from pdmesh.types import PairingFacts
 from pdmesh.v1 import kv_blocks_pb2 as pb
 from pdmesh.v1 import kv_blocks_pb2_grpc
@@ -83,18 +83,7 @@ class FetchServicer(kv_blocks_pb2_grpc.KVBlocksServicer):
             travelling = slice(start.num_held_blocks, len(block_ids))
             shipment.offer(block_ids[travelling], hashes[travelling], last=True)
             emit(pb.FetchResponse(found=found))
-            listening = asyncio.create_task(_listen(requests, shipment))
-            shipping = asyncio.create_task(shipment.wait())
-            try:
-                await asyncio.wait({listening, shipping}, return_when=asyncio.FIRST_COMPLETED)
-                if not shipping.done():
-                    await listening
-                    raise CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer")
-                stats = await shipping
-            finally:
-                listening.cancel()
-                shipping.cancel()
-                await asyncio.gather(listening, shipping, return_exceptions=True)
+            stats = await beside(shipment.wait(), _listen(requests, shipment))
         emit(pb.FetchResponse(complete=pb.BlocksComplete(num_bytes=stats.num_bytes)))
 
 
@@ -104,6 +93,7 @@ async def _listen(requests: AsyncIterator[pb.FetchRequest], shipment: Shipment) 
             shipment.granted(request.grant.number, grant_from_pb(request.grant))
         else:
             shipment.alive()
+    raise CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer")
 
 
 def parse_hashes(packed: Sequence[bytes]) -> list[BlockHash]:

@@ -11,7 +11,6 @@ loses little. Where the disk falls behind by all of host memory, blocks are lost
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvstore.tiers.base import Listener, Tier, TierStats
 from kvstore.tiers.disk import DiskTier
@@ -22,14 +21,6 @@ log = logging.getLogger(__name__)
 
 # How long the end waits for reads and writes under way.
 _END_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class StackStats:
-    """Per tier; `disk` is None where there is none."""
-
-    host: TierStats
-    disk: TierStats | None
 
 
 class TierStack:
@@ -146,8 +137,10 @@ class TierStack:
         if self.disk is not None:
             self.disk.subscribe(listener)
 
-    def stats(self) -> StackStats:
-        return StackStats(self.host.stats(), None if self.disk is None else self.disk.stats())
+    def stats(self) -> dict[str, TierStats]:
+        """By the tier's name."""
+        stats = {Tier.HOST.value: self.host.stats()}
+        return stats if self.disk is None else {**stats, Tier.DISK.value: self.disk.stats()}
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Writes what only host memory holds to disk, for `timeout_s` at most, and ends. Idempotent."""

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import grpc
 
 from kvstore.transfer.states import HEARTBEAT_S, LEASE_S
 from pdmesh import status
 from pdmesh.errors import MeshError, UnavailableError
+from pdmesh.tasks import settled
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,10 @@ END_TIMEOUT_S = 2.0
 
 
 class ClientStream(Generic[RequestT, ResponseT]):
-    """A bidirectional call, on the side that made it. End it with `end` or `cancel`.
+    """A bidirectional call, on the side that made it. End it with `end` or `aclose`.
+
+    A read or write of gRPC that is cancelled ends the whole call. So both run in tasks of their own, and whoever waits
+    for them here may be cancelled.
 
     Args:
         call: Just made.
@@ -39,14 +43,14 @@ class ClientStream(Generic[RequestT, ResponseT]):
         self._stage = stage
         # gRPC takes one message at a time.
         self._writing = asyncio.Lock()
+        # What came; last of all, why there is no more.
+        self._came: asyncio.Queue[ResponseT | MeshError] = asyncio.Queue()
+        self._ended_by: MeshError | None = None
+        self._reading = asyncio.create_task(self._read())
 
     async def write(self, request: RequestT) -> None:
         """Raises MeshError: why the peer has ended the stream."""
-        async with self._writing:
-            try:
-                await self._call.write(request)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                raise await self._why_ended() from error
+        await asyncio.shield(self._write(request))
 
     async def beat(self) -> None:
         """Gives signs of life until cancelled."""
@@ -55,46 +59,53 @@ class ClientStream(Generic[RequestT, ResponseT]):
             await self.write(self._heartbeat)
 
     async def responses(self) -> AsyncIterator[ResponseT]:
-        """All of them. Raises MeshError: the peer's status, or that none came for too long, from one that hangs."""
+        """All of them. Raises MeshError: why there are no more, or that none came for too long, from one that hangs."""
         while True:
             try:
                 async with asyncio.timeout(LEASE_S):
-                    response = await self._call.read()
+                    came = await self._came.get()
             except TimeoutError as error:
                 raise UnavailableError(
                     f"{self._peer} gave no sign of life for {LEASE_S:g} s", reason="LEASE_EXPIRED", stage=self._stage
                 ) from error
-            except grpc.aio.AioRpcError as error:
-                raise status.from_rpc_error(error, stage=self._stage) from error
-            if response is grpc.aio.EOF:
-                return
-            yield response  # type: ignore[misc]
+            if isinstance(came, MeshError):
+                raise came
+            yield came
 
     async def end(self) -> None:
         """Lets the peer come to its end by itself, if it does so soon."""
         try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                async with self._writing:
-                    await self._call.done_writing()
-                async for _ in self._call:
-                    pass
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            async with self._writing:
+                await self._call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             log.debug("a stream that was no longer needed ended with %r", error)
-        finally:
-            self._call.cancel()
+        await asyncio.wait([self._reading], timeout=END_TIMEOUT_S)
+        await self.aclose()
 
-    def cancel(self) -> None:
-        """Ends it at once; idempotent."""
+    async def aclose(self) -> None:
+        """Ends it at once. Idempotent."""
         self._call.cancel()
+        await settled(self._reading)
 
-    async def _why_ended(self) -> MeshError:
+    async def _write(self, request: RequestT) -> None:
+        async with self._writing:
+            try:
+                await self._call.write(request)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                # Its end came first; the reader knows why.
+                await asyncio.wait([self._reading])
+                assert self._ended_by is not None
+                raise self._ended_by from error
+
+    async def _read(self) -> None:
+        self._ended_by = UnavailableError(f"{self._peer} ended the stream", stage=self._stage)
         try:
-            await self._call.read()
+            while (response := await self._call.read()) is not grpc.aio.EOF:
+                self._came.put_nowait(cast(ResponseT, response))
         except grpc.aio.AioRpcError as error:
-            return status.from_rpc_error(error, stage=self._stage)
-        except asyncio.InvalidStateError:
-            pass
-        return UnavailableError(f"{self._peer} ended the stream", stage=self._stage)
+            self._ended_by = status.from_rpc_error(error, stage=self._stage)
+        finally:
+            self._came.put_nowait(self._ended_by)
 
 
 async def responses_of(

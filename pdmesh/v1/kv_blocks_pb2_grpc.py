@@ -40,11 +40,6 @@ class KVBlocksStub:
                 request_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.FetchRequest.SerializeToString,
                 response_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.FetchResponse.FromString,
                 _registered_method=True)
-        self.Put = channel.stream_stream(
-                '/pdmesh.v1.KVBlocks/Put',
-                request_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutRequest.SerializeToString,
-                response_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutResponse.FromString,
-                _registered_method=True)
 
 
 class KVBlocksServicer:
@@ -59,14 +54,6 @@ class KVBlocksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Put(self, request_iterator, context):
-        """Blocks for a store to keep; workers refuse it with UNIMPLEMENTED. The caller sends start; the server says which it
-        wants and on what it can receive them, the caller on what it can send, the server grants. Complete: all are kept.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_KVBlocksServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,11 +61,6 @@ def add_KVBlocksServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.FetchRequest.FromString,
                     response_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.FetchResponse.SerializeToString,
-            ),
-            'Put': grpc.stream_stream_rpc_method_handler(
-                    servicer.Put,
-                    request_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutRequest.FromString,
-                    response_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -119,6 +101,56 @@ class KVBlocks:
             metadata,
             _registered_method=True)
 
+
+class KVStoreStub:
+    """Served by stores.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Put = channel.stream_stream(
+                '/pdmesh.v1.KVStore/Put',
+                request_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutResponse.FromString,
+                _registered_method=True)
+
+
+class KVStoreServicer:
+    """Served by stores.
+    """
+
+    def Put(self, request_iterator, context):
+        """Blocks to keep. The caller sends start; the store says which it wants and on what it can receive them, the caller
+        on what it can send, the store grants. Complete: all are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KVStoreServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Put': grpc.stream_stream_rpc_method_handler(
+                    servicer.Put,
+                    request_deserializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_kv__blocks__pb2.PutResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'pdmesh.v1.KVStore', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('pdmesh.v1.KVStore', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KVStore:
+    """Served by stores.
+    """
+
     @staticmethod
     def Put(request_iterator,
             target,
@@ -133,7 +165,7 @@ class KVBlocks:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/pdmesh.v1.KVBlocks/Put',
+            '/pdmesh.v1.KVStore/Put',
             pdmesh_dot_v1_dot_kv__blocks__pb2.PutRequest.SerializeToString,
             pdmesh_dot_v1_dot_kv__blocks__pb2.PutResponse.FromString,
             options,

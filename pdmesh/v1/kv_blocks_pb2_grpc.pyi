@@ -37,10 +37,6 @@ class KVBlocksStub:
     """The longest run of blocks that begins a list of hashes. The caller sends start, then, told how many there are, a
     grant for them; the server sends found and complete, and the KV over the transport granted, as in Prefill.Run.
     """
-    Put: _grpc.StreamStreamMultiCallable[_kv_blocks_pb2.PutRequest, _kv_blocks_pb2.PutResponse]
-    """Blocks for a store to keep; workers refuse it with UNIMPLEMENTED. The caller sends start; the server says which it
-    wants and on what it can receive them, the caller on what it can send, the server grants. Complete: all are kept.
-    """
 
 @_typing.type_check_only
 class KVBlocksAsyncStub(KVBlocksStub):
@@ -50,10 +46,6 @@ class KVBlocksAsyncStub(KVBlocksStub):
     Fetch: _aio.StreamStreamMultiCallable[_kv_blocks_pb2.FetchRequest, _kv_blocks_pb2.FetchResponse]  # type: ignore[assignment]
     """The longest run of blocks that begins a list of hashes. The caller sends start, then, told how many there are, a
     grant for them; the server sends found and complete, and the KV over the transport granted, as in Prefill.Run.
-    """
-    Put: _aio.StreamStreamMultiCallable[_kv_blocks_pb2.PutRequest, _kv_blocks_pb2.PutResponse]  # type: ignore[assignment]
-    """Blocks for a store to keep; workers refuse it with UNIMPLEMENTED. The caller sends start; the server says which it
-    wants and on what it can receive them, the caller on what it can send, the server grants. Complete: all are kept.
     """
 
 class KVBlocksServicer(metaclass=_abc_1.ABCMeta):
@@ -69,14 +61,41 @@ class KVBlocksServicer(metaclass=_abc_1.ABCMeta):
         grant for them; the server sends found and complete, and the KV over the transport granted, as in Prefill.Run.
         """
 
+def add_KVBlocksServicer_to_server(servicer: KVBlocksServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class KVStoreStub:
+    """Served by stores."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> KVStoreAsyncStub: ...
+    Put: _grpc.StreamStreamMultiCallable[_kv_blocks_pb2.PutRequest, _kv_blocks_pb2.PutResponse]
+    """Blocks to keep. The caller sends start; the store says which it wants and on what it can receive them, the caller
+    on what it can send, the store grants. Complete: all are kept.
+    """
+
+@_typing.type_check_only
+class KVStoreAsyncStub(KVStoreStub):
+    """Served by stores."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Put: _aio.StreamStreamMultiCallable[_kv_blocks_pb2.PutRequest, _kv_blocks_pb2.PutResponse]  # type: ignore[assignment]
+    """Blocks to keep. The caller sends start; the store says which it wants and on what it can receive them, the caller
+    on what it can send, the store grants. Complete: all are kept.
+    """
+
+class KVStoreServicer(metaclass=_abc_1.ABCMeta):
+    """Served by stores."""
+
     @_abc_1.abstractmethod
     def Put(
         self,
         request_iterator: _MaybeAsyncIterator[_kv_blocks_pb2.PutRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_blocks_pb2.PutResponse], _abc.AsyncIterator[_kv_blocks_pb2.PutResponse]]:
-        """Blocks for a store to keep; workers refuse it with UNIMPLEMENTED. The caller sends start; the server says which it
-        wants and on what it can receive them, the caller on what it can send, the server grants. Complete: all are kept.
+        """Blocks to keep. The caller sends start; the store says which it wants and on what it can receive them, the caller
+        on what it can send, the store grants. Complete: all are kept.
         """
 
-def add_KVBlocksServicer_to_server(servicer: KVBlocksServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_KVStoreServicer_to_server(servicer: KVStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import EngineConfig
+from kvstore.tiers.config import TierConfig
 from pdmesh.config import ServiceConfig
 from pdmesh.errors import UnavailableError
 from pdmesh.transfers import Direction, Outcome, TransferReport
@@ -59,7 +60,7 @@ async def test_a_worker_and_a_router_serve_their_metrics(
 ) -> None:
     router_port, decode_port = unused_tcp_port_factory(), unused_tcp_port_factory()
     engine = EngineConfig(model=str(tiny_model), dtype="float32", num_blocks=512, num_threads=1)
-    worker = WorkerConfig(ServiceConfig(metrics_port=decode_port), engine, "decode-0")
+    worker = WorkerConfig(ServiceConfig(metrics_port=decode_port), engine, TierConfig(), "decode-0")
     router = {"service": ServiceConfig(metrics_port=router_port)}
     async with Mesh(tiny_model, num_prefill=0, decode={"worker": worker}, router=router) as mesh:
         host = mesh.decodes[0].host

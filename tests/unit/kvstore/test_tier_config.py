@@ -46,7 +46,7 @@ def test_host_memory_alone() -> None:
     stack = TierConfig(kv_host_gib=MIB_IN_GIB).open(FACTS, BLOCK_BYTES)
     assert stack is not None
     assert stack.disk is None
-    assert stack.stats().host.num_slots == (1 << 20) // BLOCK_BYTES
+    assert stack.stats()["host"].num_slots == (1 << 20) // BLOCK_BYTES
 
 
 def test_both_tiers_and_again_over_what_they_left(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_both_tiers_and_again_over_what_they_left(tmp_path: Path) -> None:
         stack = config.open(FACTS, BLOCK_BYTES)
         assert stack is not None
         with closing(stack):
-            stats = stack.stats().disk
+            stats = stack.stats()["disk"]
             assert stats is not None
             assert stats.num_slots == slots_within(2 << 20, BLOCK_BYTES)
             assert stack.load([key(1)], [empty_view()]) == expected

@@ -74,9 +74,8 @@ def test_blocks_that_leave_memory_are_found_on_disk_and_come_back(tmp_path: Path
         assert stack.locate(keys(1, 2, 3)) == [Tier.HOST] * 3, "what came from disk is in memory after"
         assert load(stack, 3, 6, 4) == 1
         stats = stack.stats()
-        assert stats.disk is not None
-        assert (stats.disk.num_stored, stats.disk.num_hits, stats.disk.num_blocks) == (5, 2, 5)
-        assert (stats.host.num_dropped, stats.disk.num_dropped) == (0, 0)
+        assert (stats["disk"].num_stored, stats["disk"].num_hits, stats["disk"].num_blocks) == (5, 2, 5)
+        assert (stats["host"].num_dropped, stats["disk"].num_dropped) == (0, 0)
 
 
 def test_without_a_disk_blocks_are_evicted_for_good() -> None:
@@ -85,8 +84,8 @@ def test_without_a_disk_blocks_are_evicted_for_good() -> None:
         assert stack.locate(keys(2, 3, 4)) == [Tier.HOST] * 3
         assert stack.locate(keys(1)) == []
         assert load(stack, 2, 3, 1, 4) == 2
-        assert stack.stats().disk is None
-        assert stack.stats().host.num_evicted == 1
+        assert "disk" not in stack.stats()
+        assert stack.stats()["host"].num_evicted == 1
 
 
 def test_a_run_longer_than_memory_is_loaded_whole(tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_storing_never_waits_for_a_disk_that_hangs(tmp_path: Path, monkeypatch: 
         assert gate.reached.wait(WRITTEN_S)
         for n in range(20, 40):
             assert stack.put(key(n), block(n))
-        assert stack.stats().host.num_dropped >= 20
+        assert stack.stats()["host"].num_dropped >= 20
         assert load(stack, 39) == 1
         gate.opened.set()
         assert stack.host.wait_written(WRITTEN_S) == 0
@@ -127,7 +126,7 @@ def test_what_is_on_disk_is_not_written_again(tmp_path: Path) -> None:
         fill(stack, 1, 2, 1, 2)
         assert load(stack, 1, 2) == 2
         assert stack.host.wait_written(WRITTEN_S) == 0
-        assert stack.stats().disk is not None
+        assert "disk" in stack.stats()
         assert stack.disk is not None
         assert stack.disk.stats().num_stored == 2
 
@@ -275,6 +274,5 @@ def test_threads_that_put_load_and_fetch_at_once_never_see_wrong_bytes(tmp_path:
         assert wrong == []
         assert min(num_good) > 0
         stats = stack.stats()
-        assert stats.disk is not None
-        assert stats.disk.num_hits > 0
-        assert stats.disk.num_corrupt == 0
+        assert stats["disk"].num_hits > 0
+        assert stats["disk"].num_corrupt == 0
