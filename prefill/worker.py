@@ -26,6 +26,7 @@ from kvstore.transfer.senders import KVSenders, Negotiation
 from kvstore.transfer.shipment import Shipment
 from pdmesh.errors import CancelledRequestError, MeshError
 from pdmesh.hashing import BlockHash, block_hash, root_hash
+from pdmesh.tasks import beside, settled
 from pdmesh.types import KVSource
 from worker.prefixes import Prefixes
 from worker.store_feed import StoreFeed
@@ -137,23 +138,16 @@ class PrefillWorker:
         if request.sampling.prompt_logprobs is None:
             token_ids = request.prompt_token_ids + request.output_token_ids
             await self._prefixes.bring(token_ids, request.cache_salt, prompt.sources)
-        try:
-            # The shipment is closed first: it reads blocks that the engine then takes back.
-            async with (
-                aclosing(self._engine.prefill(request)) as updates,
-                aclosing(self._shipment(prompt, on_failed)) as shipment,
-            ):
-                async with asyncio.TaskGroup() as group:
-                    listening = group.create_task(_listen(messages, shipment))
-                    negotiating = group.create_task(self._senders.negotiate(prompt.offers, prompt.decode_worker_id))
-                    computing = group.create_task(self._compute(prompt, arrived, updates, negotiating, shipment, emit))
-                    # Before the last block is computed it ends only by failing: then computing on is of no use.
-                    stats = await shipment.wait()
-                    await computing
-                    listening.cancel()
-                emit(Complete(stats))
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
+        # The shipment is closed first: it reads blocks that the engine then takes back.
+        async with (
+            aclosing(self._engine.prefill(request)) as updates,
+            aclosing(self._shipment(prompt, on_failed)) as shipment,
+        ):
+            # The shipment ends before the last block is computed only by failing: then computing on is of no use.
+            stats = await beside(
+                shipment.wait(), self._compute(prompt, arrived, updates, shipment, emit), _listen(messages, shipment)
+            )
+        emit(Complete(stats))
 
     def _shipment(self, prompt: Prompt, on_failed: Callable[[int, MeshError], None]) -> Shipment:
         return Shipment(self._engine.memory, self._senders, prompt.request_id, prompt.decode_worker_id, on_failed)
@@ -163,21 +157,26 @@ class PrefillWorker:
         prompt: Prompt,
         arrived: float,
         updates: PrefillStream,
-        negotiating: asyncio.Task[Negotiation],
         shipment: Shipment,
         emit: Callable[[Event], None],
     ) -> None:
+        """Offers blocks as they are computed, up to the first token."""
+        negotiating = asyncio.create_task(self._senders.negotiate(prompt.offers, prompt.decode_worker_id))
         started: float | None = None
-        async for update in updates:
-            if started is None:
-                started = time.monotonic()
-                emit(Started(update.num_cached_tokens, started - arrived, await negotiating))
-            hashes = self._hashes(prompt.request, update)
-            travelling = slice(prompt.num_held_blocks, len(hashes))
-            shipment.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
-            if update.output is not None:
-                emit(FirstToken(update.output, compute_s=time.monotonic() - started))
-                self._feed.offer(update.block_hashes)
+        try:
+            async for update in updates:
+                if started is None:
+                    started = time.monotonic()
+                    emit(Started(update.num_cached_tokens, started - arrived, await negotiating))
+                hashes = self._hashes(prompt.request, update)
+                travelling = slice(prompt.num_held_blocks, len(hashes))
+                shipment.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
+                if update.output is not None:
+                    emit(FirstToken(update.output, compute_s=time.monotonic() - started))
+                    self._feed.offer(update.block_hashes)
+        finally:
+            negotiating.cancel()
+            await settled(negotiating)
 
     def _hashes(self, request: EngineRequest, update: PrefillUpdate) -> Sequence[BlockHash]:
         """Identity of the blocks that may travel: the full ones, and at the end the partial one too."""

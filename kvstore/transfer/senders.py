@@ -1,6 +1,7 @@
 """The sending side, as a worker uses it: which transports reach a receiver, and the right sender for a grant."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,8 +17,9 @@ from pdmesh.errors import MeshError, PreconditionError
 
 # Every transport, best first.
 TRANSPORTS = ("shm", "tcp", "grpc")
-# In which a receiver must answer, or its transport counts as one that does not reach it.
+# In which a receiver must answer, or its transport counts as one that does not reach it, for a while.
 NEGOTIATION_TIMEOUT_S = 1.0
+UNREACHABLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class KVSenders:
         self.journal = journal
         self._transports = transports
         self._pools: dict[str, ConnectionPool] = {}
+        # Offers that failed: until when that is believed, and why.
+        self._unreachable: dict[TransportOffer, tuple[float, str]] = {}
 
     async def negotiate(self, offers: Sequence[TransportOffer], receiver_id: str) -> Negotiation:
         """Finds out which of the offers of the worker `receiver_id`, best first, can be used.
@@ -66,14 +70,8 @@ class KVSenders:
         unusable: dict[str, str] = {}
         for offer in offers:
             reason = self._why_not(offer)
-            if not reason and not usable and (pool := self._pool(offer.name)) is not None:
-                try:
-                    async with asyncio.timeout(NEGOTIATION_TIMEOUT_S):
-                        await pool.warm(offer.address)
-                except MeshError as error:
-                    reason = error.message
-                except TimeoutError:
-                    reason = f"{offer.address} does not answer"
+            if not reason and not usable:
+                reason = await self._connect(offer)
             if reason:
                 unusable[offer.name] = reason
             else:
@@ -104,6 +102,28 @@ class KVSenders:
         """Closes pooled connections and ends the threads; every sender is to be closed before."""
         for pool in self._pools.values():
             await pool.aclose()
+
+    async def _connect(self, offer: TransportOffer) -> str:
+        """Opens a connection if there is none. Returns why that failed, now or a moment ago; else an empty string."""
+        pool = self._pool(offer.name)
+        if pool is None:
+            return ""
+        until, reason = self._unreachable.get(offer, (0.0, ""))
+        if time.monotonic() < until:
+            return reason
+        try:
+            async with asyncio.timeout(NEGOTIATION_TIMEOUT_S):
+                await pool.warm(offer.address)
+            self._unreachable.pop(offer, None)
+            return ""
+        except MeshError as error:
+            reason = error.message
+        except TimeoutError:
+            reason = f"{offer.address} does not answer"
+        now = time.monotonic()
+        self._unreachable = {other: said for other, said in self._unreachable.items() if said[0] > now}
+        self._unreachable[offer] = (now + UNREACHABLE_S, reason)
+        return reason
 
     def _why_not(self, offer: TransportOffer) -> str:
         """Why a transport is not to be tried; empty if it is."""
