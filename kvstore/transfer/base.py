@@ -126,9 +126,8 @@ class KVReceiver(Protocol):
         ...
 
 
-def crc32c(pieces: Sequence[memoryview | bytes]) -> int:
-    """CRC32C (Castagnoli) of the pieces laid end to end, read in place."""
-    crc = 0
+def crc32c(pieces: Sequence[memoryview | bytes], crc: int = 0) -> int:
+    """CRC32C (Castagnoli) of the pieces laid end to end, read in place; goes on from the `crc` of what came before."""
     for piece in pieces:
         # google_crc32c takes read-only buffers alone; a read-only array over the same memory is one.
         crc = google_crc32c.extend(crc, np.frombuffer(memoryview(piece).toreadonly(), np.uint8))

@@ -3,8 +3,9 @@
     sender -> receiver   MEMORY  num_bytes: of the memory whose descriptor comes with it (shm: once, first; no body)
                          OPEN    body: PushOpen, serialized
                          PART    first, count: blocks by their place in the ticket; block_hash: of the last of them;
-                                 crc32c: of their bytes, end to end; body: these bytes (tcp), or where each block
-                                 begins in the sender's memory, 8 bytes a block (shm)
+                                 body: their bytes, end to end, and after it their CRC32C, 4 bytes (tcp); or where
+                                 each block begins in the sender's memory, 8 bytes a block, the CRC32C of their bytes
+                                 in the header (shm)
                          FINISH  count: parts sent; num_bytes: of all parts (no body)
     receiver -> sender   ACK     count and num_bytes: of the parts so far, all verified (no body); after OPEN and FINISH
                          NACK    body: class name of the error, its reason, its message, by newlines

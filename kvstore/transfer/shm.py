@@ -20,7 +20,6 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from kvstore.transfer.base import BlockMemory, crc32c
@@ -33,8 +32,8 @@ from pdmesh.errors import CorruptionError, TicketError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import MemoryFile
 
-# Small parts, so that the receiver copies one while the sender computes the next one's checksum.
-TARGET_PART_BYTES = 512 * 1024
+# The receiver copies one part while the sender computes the checksum of the next.
+TARGET_PART_BYTES = 4 * 1024 * 1024
 MAX_BLOCKS_PER_PART = 512
 # Linux; from sys/socket.h, for names that are not files (unix(7)).
 _ABSTRACT = "\0pdmesh-kv/"
@@ -125,12 +124,11 @@ class _ShmTaker:
         with incoming.writing(frame.first, 0, num_bytes, frame.block_hash):
             crc = 0
             for offset, block_id in zip(offsets, incoming.block_ids[frame.first :], strict=False):
-                target = np.frombuffer(self._memory.view(block_id), np.uint8)
-                np.copyto(target, self._lent[offset : offset + block_bytes])
+                view = self._memory.view(block_id)
+                np.copyto(np.frombuffer(view, np.uint8), self._lent[offset : offset + block_bytes])
                 # While the copy is in the processor's cache.
-                target.flags.writeable = False
-                crc = google_crc32c.extend(crc, target)
-            check_crc(frame, crc)
+                crc = crc32c([view], crc)
+            check_crc(frame, crc, frame.crc32c)
 
     def close(self) -> None:
         self._lent = None

@@ -8,7 +8,8 @@ them, and a part that fails leaves the ticket failed and the blocks uncommitted.
 
 import asyncio
 import socket
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 
 from kvstore.transfer.base import BlockMemory, crc32c
 from kvstore.transfer.connection import MAX_PIECES, Connection
@@ -19,9 +20,11 @@ from pdmesh.errors import CorruptionError, UnavailableError
 from pdmesh.hashing import BlockHash
 
 CONNECT_TIMEOUT_S = 5.0
-# Small enough that bytes are still in the processor's cache when checksum and socket take their turns at them, large
-# enough that the work for each part does not count (docs/transfer.md).
-TARGET_PART_BYTES = 512 * 1024
+# Large enough that the work for each part does not count, small enough that a refusal is noticed soon.
+TARGET_PART_BYTES = 2 * 1024 * 1024
+# What checksum and socket take turns at, while it is in the processor's cache.
+_PIECE_BYTES = 256 * 1024
+_TRAILER = struct.Struct("<I")
 
 
 class TcpReceiver:
@@ -66,9 +69,11 @@ class _TcpTaker:
     def take(self, incoming: Incoming, frame: Frame) -> None:
         num_bytes = check_part(frame, self._memory.block_bytes, body_bytes=frame.count * self._memory.block_bytes)
         with incoming.writing(frame.first, 0, num_bytes, frame.block_hash):
-            views = [self._memory.view(block_id) for block_id in incoming.block_ids[frame.first :][: frame.count]]
-            self._connection.receive(views)
-            check_crc(frame, crc32c(views))
+            crc = 0
+            for views in _pieces(self._memory, incoming.block_ids[frame.first :][: frame.count]):
+                self._connection.receive(views)
+                crc = crc32c(views, crc)
+            check_crc(frame, crc, *_TRAILER.unpack(self._connection.receive_body(_TRAILER.size)))
 
     def close(self) -> None:
         """Nothing to do: the connection is not ours."""
@@ -85,9 +90,9 @@ def check_part(frame: Frame, block_bytes: int, *, body_bytes: int) -> int:
     return frame.count * block_bytes
 
 
-def check_crc(frame: Frame, crc: int) -> None:
-    """Raises CorruptionError unless a PART's blocks have the checksum that it names."""
-    if crc != frame.crc32c:
+def check_crc(frame: Frame, crc: int, expected: int) -> None:
+    """Raises CorruptionError unless a PART's blocks have the checksum that the sender says."""
+    if crc != expected:
         raise CorruptionError(
             f"blocks {frame.first} to {frame.first + frame.count - 1} fail their checksum", stage="transfer"
         )
@@ -124,8 +129,19 @@ class TcpLink:
             ) from error
 
     def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        views = [self._memory.view(block_id) for block_id in block_ids]
-        num_bytes = len(views) * self._memory.block_bytes
-        frame = Frame(FrameType.PART, first, len(views), crc32c(views), num_bytes, block_hash)
-        connection.send([frame.pack(), *views])
+        num_bytes = len(block_ids) * self._memory.block_bytes
+        ahead = Frame(FrameType.PART, first, len(block_ids), num_bytes=num_bytes, block_hash=block_hash).pack()
+        crc = 0
+        for views in _pieces(self._memory, block_ids):
+            crc = crc32c(views, crc)
+            connection.send([ahead, *views])
+            ahead = b""
+        connection.send([_TRAILER.pack(crc)])
         return num_bytes
+
+
+def _pieces(memory: BlockMemory, block_ids: Sequence[int]) -> Iterator[list[memoryview]]:
+    """The blocks' bytes, a few at a time."""
+    step = max(1, _PIECE_BYTES // memory.block_bytes)
+    for start in range(0, len(block_ids), step):
+        yield [memory.view(block_id) for block_id in block_ids[start : start + step]]
