@@ -1,4 +1,4 @@
-"""A connection of transport `tcp` or `shm`: whole frames in and out, on blocking threads, stoppable from any thread."""
+"""A connection of transport `tcp`, `shm` or `nixl`: whole frames in and out, on threads that block and can be stopped."""
 
 import contextlib
 import select
