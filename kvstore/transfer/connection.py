@@ -1,4 +1,4 @@
-"""A connection of transport `tcp`, `shm` or `nixl`: whole frames in and out, on threads that block and can be stopped."""
+"""A connection of transport `tcp`, `shm` or `nixl`: whole frames, on blocking threads, stoppable from any thread."""
 
 import contextlib
 import select

@@ -15,8 +15,6 @@ memory, not KV blocks. It also means that the cache itself is not known to the l
 
 import functools
 import importlib.util
-import logging
-import os
 import secrets
 import struct
 import threading
@@ -24,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +33,8 @@ MAX_SET_ASIDE = 64
 # How long a waiting reader sleeps at most between two looks.
 MAX_PAUSE_S = 0.0002
 PAUSE_STEP_S = 0.00001
+# An agent's thread looks after the network at least so often, also where nothing wakes it.
+PROGRESS_DELAY_US = 10_000
 # Where the memory begins, and its size; the library's metadata follows.
 _REGION = struct.Struct("<QQ")
 MAX_DESCRIPTION_BYTES = 64 * 1024
@@ -63,12 +62,12 @@ class LentMemory:
 
     def __init__(self, memory: memoryview, num_bytes: int) -> None:
         self._memory = np.frombuffer(memory, np.uint8)
-        self._agent = _new_agent()
         address = self._memory.ctypes.data
         with _as_unavailable("cannot lend memory", reason="NIXL_UNUSABLE"):
-            self._agent.register_memory([(address, num_bytes, 0, "")], "DRAM")
+            self._agent = _Agent()
+            self._agent.register(address, num_bytes)
             # After registering: the keys to the memory are part of it.
-            self.description: bytes = _REGION.pack(address, num_bytes) + self._agent.get_agent_metadata()
+            self.description = _REGION.pack(address, num_bytes) + self._agent.metadata()
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +91,7 @@ class _Read:
     """A read that was given up."""
 
     peer: Peer
-    handle: Any
+    handle: int
     staging: Bytes
 
 
@@ -106,7 +105,8 @@ class RemoteReader:
     """
 
     def __init__(self, staging_bytes: Callable[[], int]) -> None:
-        self._agent = _new_agent()
+        with _as_unavailable("NIXL cannot be used", reason="NIXL_UNUSABLE"):
+            self._agent = _Agent()
         self._staging_bytes = staging_bytes
         self._lock = threading.Lock()
         self._peers: dict[bytes, Peer] = {}
@@ -127,7 +127,7 @@ class RemoteReader:
             peer = self._peers.get(description)
             if peer is None:
                 with _as_unavailable("cannot reach the sender's memory", reason="NIXL_UNREACHABLE"):
-                    name = self._agent.add_remote_agent(description[_REGION.size :])
+                    name = self._agent.add_peer(description[_REGION.size :])
                 peer = self._peers[description] = Peer(description, name, *_REGION.unpack_from(description))
             peer.num_users += 1
             return peer
@@ -151,15 +151,8 @@ class RemoteReader:
         assert total <= len(staging), "the caller keeps to staging_bytes"
         try:
             with _as_unavailable("cannot read the sender's memory", reason="SENDER_LOST"):
-                local = staging.ctypes.data
-                handle = self._agent.initialize_xfer(
-                    "READ",
-                    self._agent.get_xfer_descs(
-                        [(local + i * num_bytes, num_bytes, 0) for i in range(len(places))], "DRAM"
-                    ),
-                    self._agent.get_xfer_descs([(peer.address + place, num_bytes, 0) for place in places], "DRAM"),
-                    peer.name,
-                )
+                remote = [peer.address + place for place in places]
+                handle = self._agent.prepare_read(staging.ctypes.data, peer.name, remote, num_bytes)
         except BaseException:
             # Nothing was begun.
             self._give_back(staging)
@@ -172,9 +165,9 @@ class RemoteReader:
                 peer.num_users += 1
                 self._given_up.append(_Read(peer, handle, staging))
             raise
-        handle.release()
+        self._agent.release(handle)
         try:
-            yield memoryview(staging)[:total]
+            yield staging.data[:total]
         finally:
             self._give_back(staging)
 
@@ -186,21 +179,19 @@ class RemoteReader:
         del self._agent
         del set_aside
 
-    def _finish(self, handle: Any, is_wanted: Callable[[], bool]) -> None:
+    def _finish(self, handle: int, is_wanted: Callable[[], bool]) -> None:
         """Returns when every byte is here."""
         gives_up_at = time.monotonic() + connection.SILENCE_TIMEOUT_S
         pause_s = 0.0
-        state = self._agent.transfer(handle)
-        while state == "PROC":
+        is_done = self._agent.begin(handle)
+        while not is_done:
             if not is_wanted():
                 raise UnavailableError("the receiver gave the transfer up", reason="TRANSFER_ABORTED", stage="transfer")
             if time.monotonic() > gives_up_at:
                 raise UnavailableError("the sender's memory does not answer", reason="SENDER_LOST", stage="transfer")
             time.sleep(pause_s)
             pause_s = min(pause_s + PAUSE_STEP_S, MAX_PAUSE_S)
-            state = self._agent.check_xfer_state(handle)
-        if state != "DONE":
-            raise UnavailableError(f"reading the sender's memory: {state}", reason="SENDER_LOST", stage="transfer")
+            is_done = self._agent.is_done(handle)
 
     def _take_staging(self) -> Bytes:
         with self._lock:
@@ -217,7 +208,7 @@ class RemoteReader:
                 )
             staging = np.empty(self._staging_bytes(), np.uint8)
             with _as_unavailable("cannot register memory", reason="NIXL_UNUSABLE"):
-                self._agent.register_memory([(staging.ctypes.data, len(staging), 0, "")], "DRAM")
+                self._agent.register(staging.ctypes.data, len(staging))
             return staging
 
     def _give_back(self, staging: Bytes) -> None:
@@ -229,13 +220,13 @@ class RemoteReader:
         still: list[_Read] = []
         for read in self._given_up:
             try:
-                state = self._agent.check_xfer_state(read.handle)
+                if not self._agent.is_done(read.handle):
+                    still.append(read)
+                    continue
+                self._agent.release(read.handle)
+                self._free.append(read.staging)
             except Exception:
-                state = "ERR"
-            if state == "PROC":
-                still.append(read)
-                continue
-            (self._free if state == "DONE" else self._lost).append(read.staging)
+                self._lost.append(read.staging)
             self._let_go(read.peer)
         self._given_up = still
 
@@ -245,19 +236,73 @@ class RemoteReader:
         if not peer.num_users:
             del self._peers[peer.description]
             with _as_unavailable("cannot leave the sender", reason="NIXL_UNREACHABLE"):
-                self._agent.remove_remote_agent(peer.name)
+                self._agent.remove_peer(peer.name)
 
 
-def _new_agent() -> Any:
-    """Takes about a quarter of a second, and starts a thread that answers peers."""
-    with _as_unavailable("NIXL cannot be used", reason="NIXL_UNUSABLE"):
-        from nixl_cu12 import nixl_agent, nixl_agent_config, nixl_thread_sync_t
+class _Agent:
+    """The library, as far as it is used here; what it raises, it raises as it likes.
 
-        if "NIXL_LOG_LEVEL" not in os.environ:
-            # It reports each agent.
-            logging.getLogger("nixl").setLevel(logging.WARNING)
-        config = nixl_agent_config(backends=["UCX"], sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT)
-        return nixl_agent(f"pdmesh-{secrets.token_hex(8)}", config)
+    Its own Python class is passed by: the thread with which that answers peers never sleeps, one processor core for
+    each agent, and the delay that makes it wait for the network instead cannot be set there.
+
+    Making one takes about a quarter of a second.
+    """
+
+    def __init__(self) -> None:
+        from nixl_cu12 import _bindings as library
+
+        self._library = library
+        config = library.nixlAgentConfig()
+        config.useProgThread = True
+        config.useListenThread = False
+        config.syncMode = library.NIXL_THREAD_SYNC_STRICT
+        config.pthrDelay = PROGRESS_DELAY_US
+        self._agent = library.nixlAgent(f"pdmesh-{secrets.token_hex(8)}", config)
+        self._agent.createBackend("UCX", {})
+
+    def register(self, address: int, num_bytes: int) -> None:
+        memory = self._library.nixlRegDList(self._library.DRAM_SEG, [(address, num_bytes, 0, b"")])
+        self._agent.registerMem(memory, [])
+
+    def metadata(self) -> bytes:
+        """Of all that is registered."""
+        metadata: bytes = self._agent.getLocalMD()
+        return metadata
+
+    def add_peer(self, metadata: bytes) -> bytes:
+        """Returns its name."""
+        name: bytes = self._agent.loadRemoteMD(metadata)
+        return name
+
+    def remove_peer(self, name: bytes) -> None:
+        self._agent.invalidateRemoteMD(name)
+
+    def prepare_read(self, local: int, peer: bytes, remote: Sequence[int], num_bytes: int) -> int:
+        """A handle for reading `num_bytes` at each of the peer's addresses, to lie end to end from `local` on."""
+        here = [(local + place * num_bytes, num_bytes, 0) for place in range(len(remote))]
+        there = [(address, num_bytes, 0) for address in remote]
+        library = self._library
+        handle: int = self._agent.createXferReq(
+            library.NIXL_READ,
+            library.nixlXferDList(library.DRAM_SEG, here),
+            library.nixlXferDList(library.DRAM_SEG, there),
+            peer,
+            b"",
+            [],
+        )
+        return handle
+
+    def begin(self, handle: int) -> bool:
+        """Whether it is done; raises if it failed."""
+        return bool(self._agent.postXferReq(handle, b"") == self._library.NIXL_SUCCESS)
+
+    def is_done(self, handle: int) -> bool:
+        """Whether what was begun is done; raises if it failed."""
+        return bool(self._agent.getXferStatus(handle) == self._library.NIXL_SUCCESS)
+
+    def release(self, handle: int) -> None:
+        """Only of a read that is done."""
+        self._agent.releaseXferReq(handle)
 
 
 @contextmanager
