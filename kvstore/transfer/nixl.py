@@ -6,8 +6,10 @@ and over such a connection, where each block begins, and the receiver reads, ver
 place. What network the library takes is its own choice; its variables (UCX_TLS, UCX_NET_DEVICES) steer it.
 
 The receiver pulls, for the reasons of transport `shm`, and a read that goes on after the transfer was revoked cannot
-reach a block: see nixl_agent.py. The frames are not encrypted and a description opens the sender's whole KV memory to
-whoever sees it, so this transport is for a network on which all are trusted.
+reach a block: see nixl_agent.py. What a sender reuses too early fails its checksum.
+
+The frames are not encrypted, and a description opens the sender's whole KV memory to whoever sees it: this transport is
+for a network on which all are trusted.
 
 It moves host memory. Where the engine computes on a device, blocks are staged in host memory first, as for every other
 transport; from device to device directly is not built.
@@ -31,7 +33,8 @@ from pdmesh.errors import ConfigError, CorruptionError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import MemoryFile
 
-TARGET_PART_BYTES = 1024 * 1024
+# Each costs a round trip: larger than those of the other transports, measured.
+TARGET_PART_BYTES = 2 * 1024 * 1024
 
 
 class NixlReceiver:
