@@ -5,14 +5,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import numpy as np
 import pytest
 
 from decode.config import DecodeConfig
 from engine.config import EngineConfig
-from kvstore.transfer.base import TransportOffer, crc32c
+from kvstore.transfer.base import Grant, TransportOffer, crc32c
 from kvstore.transfer.frames import Frame, FrameType
 from kvstore.transfer.nixl_agent import LentMemory, Peer, RemoteReader, is_installed
 from kvstore.transfer.receiver import ReceiverHub
@@ -27,6 +27,7 @@ needs_its_absence = pytest.mark.skipif(is_installed(), reason="of an installatio
 
 PATIENCE_S = 8.0
 MIB = 1024 * 1024
+ONES = b"\1" * MIB
 # Lends a memory of ones until its end.
 LENDER = f"""
 from kvstore.transfer.nixl_agent import LentMemory
@@ -90,6 +91,23 @@ def read_all(reader: RemoteReader, peer: Peer, is_wanted: Callable[[], bool] = a
         return bytes(staged)
 
 
+async def open_by_hand(grant: Grant, description: bytes) -> asyncio.StreamWriter:
+    """Presents a ticket, as the sender that lends the memory so described."""
+    host, _, port = grant.address.rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    opening = pb.PushOpen(
+        ticket=grant.ticket, epoch=EPOCH, request_id=REQUEST_ID, sender_incarnation=INCARNATION
+    ).SerializeToString()
+    writer.write(Frame(FrameType.MEMORY, num_bytes=len(description)).pack() + description)
+    writer.write(Frame(FrameType.OPEN, num_bytes=len(opening)).pack() + opening)
+    return writer
+
+
+def write_part(writer: asyncio.StreamWriter, first: int, crc: int) -> None:
+    """One block of a MiB, at the beginning of the lent memory."""
+    writer.write(Frame(FrameType.PART, first, 1, crc, 8, hash_of(first)).pack() + bytes(8))
+
+
 async def give_up(reader: RemoteReader, peer: Peer) -> None:
     """Begins a read that cannot end, and gives it up."""
     wanted = True
@@ -108,7 +126,7 @@ async def test_what_arrives_after_a_read_was_given_up_harms_no_other_read(reader
     zeros = LentMemory(memoryview(bytearray(MIB)), MIB)
     async with lender() as other:
         peer, own = reader.connect(other.description), reader.connect(zeros.description)
-        assert read_all(reader, peer) == b"\1" * MIB
+        assert read_all(reader, peer) == ONES
         assert read_all(reader, own) == bytes(MIB)
         other.send_signal(signal.SIGSTOP)
         await other.wait_for_state("T")
@@ -121,7 +139,7 @@ async def test_what_arrives_after_a_read_was_given_up_harms_no_other_read(reader
                 while reader.num_set_aside:
                     await asyncio.sleep(0.01)
             assert bytes(staged) == bytes(MIB)
-        assert read_all(reader, peer) == b"\1" * MIB
+        assert read_all(reader, peer) == ONES
         reader.disconnect(peer)
         reader.disconnect(own)
     reader.close()
@@ -131,25 +149,14 @@ async def test_what_arrives_after_a_read_was_given_up_harms_no_other_read(reader
 async def test_a_sender_that_hangs_in_mid_read_holds_no_blocks(over_tcp: None) -> None:
     async with lender() as other, endpoints("nixl", 2, MIB) as ends:
         incoming = ends.expect([0, 1])
-        host, _, port = incoming.grant.address.rpartition(":")
-        _, writer = await asyncio.open_connection(host, int(port))
-        opening = pb.PushOpen(
-            ticket=incoming.grant.ticket, epoch=EPOCH, request_id=REQUEST_ID, sender_incarnation=INCARNATION
-        ).SerializeToString()
-        writer.write(Frame(FrameType.MEMORY, num_bytes=len(other.description)).pack() + other.description)
-        writer.write(Frame(FrameType.OPEN, num_bytes=len(opening)).pack() + opening)
-
-        def write_part(first: int) -> None:
-            crc = crc32c([b"\1" * MIB])
-            writer.write(Frame(FrameType.PART, first, 1, crc, 8, hash_of(first)).pack() + bytes(8))
-
-        write_part(0)
+        writer = await open_by_hand(incoming.grant, other.description)
+        write_part(writer, 0, crc32c([ONES]))
         async with asyncio.timeout(PATIENCE_S):
             while not any(ends.target.view(0)):
                 await asyncio.sleep(0.01)
             other.send_signal(signal.SIGSTOP)
             await other.wait_for_state("T")
-            write_part(1)
+            write_part(writer, 1, crc32c([ONES]))
             # The receiver has begun to read by now.
             await asyncio.sleep(0.3)
             await incoming.aclose()
@@ -160,6 +167,20 @@ async def test_a_sender_that_hangs_in_mid_read_holds_no_blocks(over_tcp: None) -
         other.send_signal(signal.SIGCONT)
         await asyncio.sleep(0.3)
         assert ends.target.content == b"\xab" * (2 * MIB)
+        writer.close()
+
+
+@needs_nixl
+async def test_bytes_that_fail_their_checksum_reach_no_block() -> None:
+    ones = LentMemory(memoryview(bytearray(ONES)), MIB)
+    async with endpoints("nixl", 1, MIB) as ends, aclosing(ends.expect([0])) as incoming:
+        writer = await open_by_hand(incoming.grant, ones.description)
+        write_part(writer, 0, crc32c([ONES]) ^ 1)
+        async with asyncio.timeout(PATIENCE_S):
+            with pytest.raises(CorruptionError) as error:
+                await incoming.wait()
+        assert error.value.reason == "KV_CORRUPTED"
+        assert not any(ends.target.content)
         writer.close()
 
 
@@ -193,7 +214,7 @@ async def test_a_restarted_peer_is_another_one(reader: RemoteReader) -> None:
     for _ in range(2):
         async with lender() as other:
             peer = reader.connect(other.description)
-            assert read_all(reader, peer) == b"\1" * MIB
+            assert read_all(reader, peer) == ONES
             reader.disconnect(peer)
     reader.close()
 
