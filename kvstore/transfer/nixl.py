@@ -3,7 +3,8 @@
 Needs the extra `pdmesh[nixl]`; a worker without it neither offers nor takes this transport. The sender registers the
 memory in which its blocks lie and describes it once on each connection; then it says, in the frames of transport `tcp`
 and over such a connection, where each block begins, and the receiver reads, verifies and only then copies it into
-place. What network the library takes is its own choice; its variables (UCX_TLS, UCX_NET_DEVICES) steer it.
+place. What network the library takes is its own choice; its variables (UCX_TLS, UCX_NET_DEVICES) steer it. Without RDMA
+transport `tcp` is faster between hosts and comes first; with RDMA, put this one first: --transports shm,nixl,tcp,grpc.
 
 The receiver pulls, for the reasons of transport `shm`, and a read that goes on after the transfer was revoked cannot
 reach a block: see nixl_agent.py. What a sender reuses too early fails its checksum.
