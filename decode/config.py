@@ -17,7 +17,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.transport_names if name not in TRANSPORTS]
         if unknown or not self.transport_names:
-            raise ConfigError(f"--transports is {self.transports!r}: name some of {', '.join(TRANSPORTS)}")
+            install = "; for nixl, pip install 'pdmesh[nixl]'" if "nixl" in unknown else ""
+            raise ConfigError(f"--transports is {self.transports!r}: name some of {', '.join(TRANSPORTS)}{install}")
 
     @property
     def transport_names(self) -> list[str]:

@@ -61,6 +61,7 @@ def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
             "cpu_s_per_gib": figures[name]["cpu_s_per_gib"] / figures[yardstick]["cpu_s_per_gib"],
         }
         for name, yardstick in YARDSTICKS.items()
+        if name in figures
     }
 
 

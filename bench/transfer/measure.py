@@ -24,7 +24,7 @@ from pdmesh.channels import ChannelPool
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 1 << 30
 # What each transport is compared with: the same kind of connection.
-YARDSTICKS = {"shm": "memcpy", "tcp": "bare tcp", "grpc": "bare grpc"}
+YARDSTICKS = {"shm": "memcpy", "tcp": "bare tcp", "nixl": "bare tcp", "grpc": "bare grpc"}
 
 # Moves the first blocks and returns the seconds that it took.
 Way = Callable[[int], Awaitable[float]]

@@ -1,4 +1,4 @@
-"""A connection of transport `tcp` or `shm`: whole frames in and out, on blocking threads, stoppable from any thread."""
+"""A connection of transport `tcp`, `shm` or `nixl`: whole frames, on blocking threads, stoppable from any thread."""
 
 import contextlib
 import select

@@ -1,11 +1,12 @@
-"""Frames of the transports `tcp` and `shm`: a fixed header, then a body. Parsing only, no I/O.
+"""Frames of the transports `tcp`, `shm` and `nixl`: a fixed header, then a body. Parsing only, no I/O.
 
-    sender -> receiver   MEMORY  num_bytes: of the memory whose descriptor comes with it (shm: once, first; no body)
+    sender -> receiver   MEMORY  once, first; num_bytes: of the memory whose descriptor comes with it (shm; no body), or
+                                 of the body, which describes the memory (nixl)
                          OPEN    body: PushOpen, serialized
                          PART    first, count: blocks by their place in the ticket; block_hash: of the last of them;
                                  body: their bytes, end to end, and after it their CRC32C, 4 bytes (tcp); or where
                                  each block begins in the sender's memory, 8 bytes a block, the CRC32C of their bytes
-                                 in the header (shm)
+                                 in the header (shm, nixl)
                          FINISH  count: parts sent; num_bytes: of all parts (no body)
     receiver -> sender   ACK     count and num_bytes: of the parts so far, all verified (no body); after OPEN and FINISH
                          NACK    body: class name of the error, its reason, its message, by newlines
@@ -40,7 +41,7 @@ class FrameType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A header. `num_bytes` is the body's length, except in FINISH, ACK and MEMORY, which have none."""
+    """A header. `num_bytes` is the body's length, except in FINISH, ACK and the MEMORY of shm, which have none."""
 
     type: FrameType
     first: int = 0

@@ -9,6 +9,8 @@ from types import TracebackType
 from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats, TransportOffer
 from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
 from kvstore.transfer.journal import TransferEntry, TransferJournal
+from kvstore.transfer.nixl import NixlReceiver
+from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmReceiver, host_id
 from kvstore.transfer.states import TransferState
 from kvstore.transfer.tcp import TcpReceiver
@@ -48,6 +50,8 @@ class ReceiverHub:
         for name in transports:
             if name == "shm" and host_id():
                 self._receivers[name] = ShmReceiver(memory, self._tickets)
+            elif name == "nixl" and is_installed():
+                self._receivers[name] = NixlReceiver(memory, self._tickets, host, advertise)
             elif name == "tcp":
                 self._receivers[name] = TcpReceiver(memory, self._tickets, host, advertise)
             elif name == "grpc":

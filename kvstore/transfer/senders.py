@@ -10,13 +10,16 @@ import grpc
 from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransportOffer
 from kvstore.transfer.grpc_transport import GrpcSender
 from kvstore.transfer.journal import TransferJournal
+from kvstore.transfer.nixl import NixlLink
+from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmLink, why_unreachable
-from kvstore.transfer.socket_sender import ConnectionPool, SocketSender
+from kvstore.transfer.socket_sender import ConnectionPool, Link, SocketSender
 from kvstore.transfer.tcp import TcpLink
 from pdmesh.errors import MeshError, PreconditionError
 
-# Every transport, best first.
-TRANSPORTS = ("shm", "tcp", "grpc")
+# Every transport of this installation, best first. nixl after tcp: it is as fast within a host (1.4 to 1.7 GiB/s),
+# and a quarter as fast where it has nothing but TCP (0.34 to 1.34); who has RDMA names it first.
+TRANSPORTS = ("shm", "tcp", *(("nixl",) if is_installed() else ()), "grpc")
 # In which a receiver must answer, or its transport counts as one that does not reach it, for a while.
 NEGOTIATION_TIMEOUT_S = 1.0
 UNREACHABLE_S = 10.0
@@ -128,17 +131,21 @@ class KVSenders:
     def _why_not(self, offer: TransportOffer) -> str:
         """Why a transport is not to be tried; empty if it is."""
         if offer.name not in self._transports:
-            return "it is not known here" if offer.name not in TRANSPORTS else "it is switched off here"
-        if offer.name == "shm":
-            return why_unreachable(offer.address) or ("" if self._memory.file else "the KV lies in private memory here")
-        return ""
+            return "this installation does not have it" if offer.name not in TRANSPORTS else "it is switched off here"
+        if offer.name == "shm" and (reason := why_unreachable(offer.address)):
+            return reason
+        return "the KV lies in private memory here" if offer.name in ("shm", "nixl") and not self._memory.file else ""
 
     def _pool(self, transport: str) -> ConnectionPool | None:
         """The connections of a transport that has its own; made at first use, when the engine's memory is there."""
         if transport == "grpc":
             return None
         if transport not in self._pools:
-            file = self._memory.file
-            link = TcpLink(self._memory) if transport == "tcp" or file is None else ShmLink(self._memory, file)
-            self._pools[transport] = ConnectionPool(link)
+            self._pools[transport] = ConnectionPool(self._link(transport))
         return self._pools[transport]
+
+    def _link(self, transport: str) -> Link:
+        file = self._memory.file
+        if transport == "tcp" or file is None:
+            return TcpLink(self._memory)
+        return ShmLink(self._memory, file) if transport == "shm" else NixlLink(self._memory, file)

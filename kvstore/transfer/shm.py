@@ -16,7 +16,6 @@ import mmap
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,8 +24,9 @@ import numpy as np
 from kvstore.transfer.base import BlockMemory, crc32c
 from kvstore.transfer.connection import Connection
 from kvstore.transfer.frames import Frame, FrameType
+from kvstore.transfer.places import blocks_per_part, receive_places, send_places
 from kvstore.transfer.socket_receiver import SocketReceiver
-from kvstore.transfer.tcp import check_crc, check_part
+from kvstore.transfer.tcp import check_crc
 from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh.errors import CorruptionError, TicketError, UnavailableError
 from pdmesh.hashing import BlockHash
@@ -34,7 +34,6 @@ from pdmesh.types import MemoryFile
 
 # The receiver copies one part while the sender computes the checksum of the next.
 TARGET_PART_BYTES = 4 * 1024 * 1024
-MAX_BLOCKS_PER_PART = 512
 # Linux; from sys/socket.h, for names that are not files (unix(7)).
 _ABSTRACT = "\0pdmesh-kv/"
 
@@ -114,18 +113,13 @@ class _ShmTaker:
 
     def take(self, incoming: Incoming, frame: Frame) -> None:
         block_bytes = self._memory.block_bytes
-        if frame.count > MAX_BLOCKS_PER_PART:
-            raise CorruptionError(f"a part of {frame.count} blocks", reason="KV_OUT_OF_RANGE", stage="transfer")
-        num_bytes = check_part(frame, block_bytes, body_bytes=8 * frame.count)
-        offsets = struct.unpack(f"<{frame.count}Q", self._connection.receive_body(frame.num_bytes))
         assert self._lent is not None, "begin comes first"
-        if max(offsets) + block_bytes > len(self._lent):
-            raise CorruptionError("a block outside the sender's memory", reason="KV_OUT_OF_RANGE", stage="transfer")
-        with incoming.writing(frame.first, 0, num_bytes, frame.block_hash):
+        places = receive_places(self._connection, frame, block_bytes, len(self._lent))
+        with incoming.writing(frame.first, 0, frame.count * block_bytes, frame.block_hash):
             crc = 0
-            for offset, block_id in zip(offsets, incoming.block_ids[frame.first :], strict=False):
+            for place, block_id in zip(places, incoming.block_ids[frame.first :], strict=False):
                 view = self._memory.view(block_id)
-                np.copyto(np.frombuffer(view, np.uint8), self._lent[offset : offset + block_bytes])
+                np.copyto(np.frombuffer(view, np.uint8), self._lent[place : place + block_bytes])
                 # While the copy is in the processor's cache.
                 crc = crc32c([view], crc)
             check_crc(frame, crc, frame.crc32c)
@@ -145,7 +139,7 @@ class ShmLink:
 
     @property
     def blocks_per_part(self) -> int:
-        return max(1, min(MAX_BLOCKS_PER_PART, TARGET_PART_BYTES // self._memory.block_bytes))
+        return blocks_per_part(self._memory.block_bytes, TARGET_PART_BYTES)
 
     async def connect(self, address: str) -> Connection:
         reason = why_unreachable(address)
@@ -170,9 +164,4 @@ class ShmLink:
             ) from error
 
     def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        block_bytes = self._memory.block_bytes
-        crc = crc32c([self._memory.view(block_id) for block_id in block_ids])
-        places = struct.pack(f"<{len(block_ids)}Q", *(block_id * block_bytes for block_id in block_ids))
-        frame = Frame(FrameType.PART, first, len(block_ids), crc, len(places), block_hash)
-        connection.send([frame.pack(), places])
-        return len(block_ids) * block_bytes
+        return send_places(connection, self._memory, first, block_ids, block_hash)

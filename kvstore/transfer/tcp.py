@@ -31,9 +31,10 @@ class TcpReceiver:
     """Implements KVReceiver. Listens at `host`, on a port of the system's choice, and tells senders `advertise`."""
 
     def __init__(self, memory: BlockMemory, tickets: TicketTable, host: str, advertise: str) -> None:
-        self._host = host
         self._advertise = advertise
-        self._sockets = SocketReceiver("tcp", tickets, self._bind, lambda connection: _TcpTaker(connection, memory))
+        self._sockets = SocketReceiver(
+            "tcp", tickets, lambda: bind_tcp(host), lambda connection: _TcpTaker(connection, memory)
+        )
 
     @property
     def address(self) -> str:
@@ -44,16 +45,6 @@ class TcpReceiver:
 
     async def aclose(self) -> None:
         await self._sockets.aclose()
-
-    def _bind(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.bind((self._host.strip("[]"), 0))
-        except OSError:
-            listener.close()
-            raise
-        return listener
 
 
 class _TcpTaker:
@@ -77,6 +68,39 @@ class _TcpTaker:
 
     def close(self) -> None:
         """Nothing to do: the connection is not ours."""
+
+
+def bind_tcp(host: str) -> socket.socket:
+    """A socket at `host`, on a port of the system's choice. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((host.strip("[]"), 0))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def connect_tcp(address: str) -> Connection:
+    """A connection to a receiver at host:port. Raises UnavailableError."""
+    host, _, port = address.rpartition(":")
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            infos = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, target = infos[0]
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, target)
+                return Connection(sock)
+            except BaseException:
+                sock.close()
+                raise
+    except (OSError, TimeoutError) as error:
+        raise UnavailableError(
+            f"cannot reach {address} for KV: {str(error) or 'no answer'}", reason="RECEIVER_LOST", stage="transfer"
+        ) from error
 
 
 def check_part(frame: Frame, block_bytes: int, *, body_bytes: int) -> int:
@@ -109,24 +133,7 @@ class TcpLink:
         return max(1, min(MAX_PIECES - 1, TARGET_PART_BYTES // self._memory.block_bytes))
 
     async def connect(self, address: str) -> Connection:
-        host, _, port = address.rpartition(":")
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                infos = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-                family, kind, protocol, _, target = infos[0]
-                sock = socket.socket(family, kind, protocol)
-                try:
-                    sock.setblocking(False)
-                    await loop.sock_connect(sock, target)
-                    return Connection(sock)
-                except BaseException:
-                    sock.close()
-                    raise
-        except (OSError, TimeoutError) as error:
-            raise UnavailableError(
-                f"cannot reach {address} for KV: {str(error) or 'no answer'}", reason="RECEIVER_LOST", stage="transfer"
-            ) from error
+        return await connect_tcp(address)
 
     def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
         num_bytes = len(block_ids) * self._memory.block_bytes
