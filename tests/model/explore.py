@@ -8,11 +8,9 @@ a step breaks a rule it raises Violation, or fails an assertion of the code that
   whatever the order: nobody waits for ever, and nothing goes round in circles.
 """
 
-import gc
 from array import array
 from collections import deque
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -90,21 +88,6 @@ def explore(model: Model[State], max_states: int) -> Explored[State]:
 
     Raises Found where it breaks a rule; ValueError where it has more than `max_states`: bound it more closely then.
     """
-    with _no_garbage_collection():
-        return _explore(model, max_states)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """States hold no cycles, and there are so many that looking for some takes longer than all the rest."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _explore(model: Model[State], max_states: int) -> Explored[State]:
     start = model.start()
     states = [start]
     numbers = {start: 0}
