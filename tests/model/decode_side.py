@@ -205,10 +205,8 @@ class DecodeSide:
     # What the transports do.
 
     def deliver(self, world: World, message: Message) -> World:
-        """A message of a sender; it is off the wire already."""
+        """A message of a sender that is not refused for good; it is off the wire already."""
         handoff = message.ticket.handoff
-        if not self._is_known(world, message.ticket):
-            return _nack(world, message.ticket) if message.kind != "close" else world
         receiving = world.askers[handoff].receiving
         assert receiving is not None
         if receiving.state is TransferState.EXPECTED and message.kind != "open":

@@ -47,11 +47,9 @@ TWO_PROMPTS = Bounds(
 )  # fmt: skip
 SMALL = (ALONE, RETRYING, ONE_BLOCK, SAME_PROMPT, TWO_PROMPTS)
 LARGE = (
-    replace(ALONE, num_faults=3),
-    replace(RETRYING, num_faults=2),
     replace(ONE_BLOCK, num_faults=2),
     replace(TWO_PROMPTS, pulled=(True, False)),
-    replace(TWO_PROMPTS, prefill_blocks=2),
+    replace(ALONE, num_faults=3),
 )
 
 
@@ -79,7 +77,7 @@ def test_no_order_breaks_a_rule(bounds: Bounds) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("bounds", LARGE, ids=str)
 def test_no_order_breaks_a_rule_within_wider_bounds(bounds: Bounds) -> None:
-    explore_all(bounds, max_states=1_500_000)
+    explore_all(bounds, max_states=600_000)
 
 
 PULLED = replace(ONE_BLOCK, pulled=(True,), decode_blocks=2, num_faults=1)

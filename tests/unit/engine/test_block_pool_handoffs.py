@@ -10,12 +10,10 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -25,7 +23,7 @@ from engine.block_pool import BlockPool
 from engine.leases import LeaseTable, Reservation
 from pdmesh.hashing import BlockHash
 
-NUM_BLOCKS = 5
+NUM_BLOCKS = 6
 # Two prompts with nothing in common; each may be asked for in part.
 HASHES = [[BlockHash(bytes([prompt, index]) * 8) for index in range(3)] for prompt in (1, 2)]
 # In a block that is being written, or was only in part.
@@ -40,7 +38,7 @@ class Handoff:
         lease: Empty when it was given back or passed on.
         block_ids: Of the whole prompt, where a writer was told to write; he does not forget them.
         hashes: Of the whole prompt.
-        writing: Places that are being written.
+        writing: Places that are being written, whether or not anybody wants that still.
         verified: Places that were, or held the right KV from the beginning.
         aborted: Nobody wants it any more.
     """
@@ -56,8 +54,6 @@ class Handoff:
 class HandoffsOverPool(RuleBasedStateMachine):
     """Hand-offs are reserved, written, verified, committed or aborted; requests hold what was committed."""
 
-    handoffs = Bundle("handoffs")
-    requests = Bundle("requests")
     # Blocks of an aborted hand-off rest until nobody writes to them.
     quarantine = True
 
@@ -66,11 +62,13 @@ class HandoffsOverPool(RuleBasedStateMachine):
         self.pool = BlockPool(NUM_BLOCKS)
         self.leases = LeaseTable(self.pool, max_pinned_blocks=2)
         self.contents = [MIXED] * NUM_BLOCKS
+        # Those that hold blocks.
         self.open: list[Handoff] = []
+        self.writes: list[tuple[Handoff, int]] = []
         self.running: list[list[int]] = []
 
-    @rule(target=handoffs, prompt=st.integers(0, 1), num_blocks=st.integers(1, 3))
-    def reserve(self, prompt: int, num_blocks: int) -> object:
+    @rule(prompt=st.integers(0, 1), num_blocks=st.integers(1, 3))
+    def reserve(self, prompt: int, num_blocks: int) -> None:
         hashes = HASHES[prompt][:num_blocks]
         lease = BlockLease()
         # Something of a prompt is always left to compute.
@@ -78,60 +76,68 @@ class HandoffsOverPool(RuleBasedStateMachine):
         num_missing = num_blocks - lease.num_cached_blocks
         if num_missing > self.pool.num_free_blocks:
             self.leases.release(lease)
-            return multiple()
+            return
         self.leases.grant(Reservation(lease, num_missing))
         handoff = Handoff(lease, tuple(lease.block_ids), hashes, verified=set(range(lease.num_cached_blocks)))
         assert len(set(handoff.block_ids)) == num_blocks
         self.open.append(handoff)
-        return handoff
 
-    @rule(handoff=handoffs, place=st.integers(0, 2))
-    def begin_write(self, handoff: Handoff, place: int) -> None:
-        # The ticket refuses any other.
-        if handoff.aborted or place >= len(handoff.hashes) or place in handoff.verified | handoff.writing:
-            return
+    def writable(self) -> list[tuple[Handoff, int]]:
+        """What a ticket allows to be written."""
+        return [
+            (handoff, place)
+            for handoff in self.open
+            for place in range(len(handoff.hashes))
+            if not handoff.aborted and place not in handoff.verified | handoff.writing
+        ]
+
+    def complete(self) -> list[Handoff]:
+        return [
+            handoff for handoff in self.open if not handoff.aborted and len(handoff.verified) == len(handoff.hashes)
+        ]
+
+    @precondition(lambda self: self.writable())
+    @rule(data=st.data())
+    def begin_write(self, data: st.DataObject) -> None:
+        handoff, place = data.draw(st.sampled_from(self.writable()))
         handoff.writing.add(place)
+        self.writes.append((handoff, place))
         self.write(handoff, place, MIXED)
 
-    @rule(handoff=handoffs, place=st.integers(0, 2), intact=st.booleans())
-    def end_write(self, handoff: Handoff, place: int, intact: bool) -> None:
-        if place not in handoff.writing:
-            return
-        handoff.writing.remove(place)
-        self.write(handoff, place, handoff.hashes[place] if intact else MIXED)
-        if intact:
-            handoff.verified.add(place)
-        else:
-            handoff.aborted = True
-        self.release_if_quiet(handoff)
+    @precondition(lambda self: self.writes)
+    @rule(data=st.data(), intact=st.sampled_from([True] * 7 + [False]))
+    def end_write(self, data: st.DataObject, intact: bool) -> None:
+        self.end(*data.draw(st.sampled_from(self.writes)), intact)
 
-    @rule(handoff=handoffs)
-    def abort(self, handoff: Handoff) -> None:
-        if handoff not in self.open:
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), really=st.sampled_from([False, False, True]))
+    def abort(self, data: st.DataObject, really: bool) -> None:
+        if not really:
+            # Most get to their end, or hardly anything would be committed.
             return
+        handoff = data.draw(st.sampled_from(self.open))
         handoff.aborted = True
         self.release_if_quiet(handoff)
 
-    @rule(target=requests, handoff=handoffs)
-    def commit(self, handoff: Handoff) -> object:
-        if handoff not in self.open or handoff.aborted or len(handoff.verified) < len(handoff.hashes):
-            return multiple()
+    @precondition(lambda self: self.complete())
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        handoff = data.draw(st.sampled_from(self.complete()))
         self.open.remove(handoff)
-        # From here on nothing is accepted under its ticket.
-        handoff.aborted = True
         block_ids = self.leases.pass_on(handoff.lease)
         for block_id, block_hash in zip(block_ids, handoff.hashes, strict=True):
             assert self.contents[block_id] == block_hash, "what is committed is not what was verified"
             self.pool.commit(block_id, block_hash)
         self.running.append(block_ids)
-        return block_ids
 
-    @rule(block_ids=consumes(requests))
-    def finish(self, block_ids: list[int]) -> None:
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        block_ids = data.draw(st.sampled_from(self.running))
         self.running.remove(block_ids)
         self.pool.free(block_ids)
 
-    @rule(num_blocks=st.integers(1, NUM_BLOCKS))
+    @rule(num_blocks=st.sampled_from([1, 1, 2, NUM_BLOCKS]))
     def evict(self, num_blocks: int) -> None:
         """Somebody else's request comes, computes something in its blocks, and goes."""
         if num_blocks <= self.pool.num_free_blocks:
@@ -139,6 +145,16 @@ class HandoffsOverPool(RuleBasedStateMachine):
             for block_id in block_ids:
                 self.contents[block_id] = MIXED
             self.pool.free(block_ids)
+
+    def end(self, handoff: Handoff, place: int, intact: bool) -> None:
+        self.writes.remove((handoff, place))
+        handoff.writing.remove(place)
+        self.write(handoff, place, handoff.hashes[place] if intact else MIXED)
+        if intact:
+            handoff.verified.add(place)
+        else:
+            handoff.aborted = True
+        self.release_if_quiet(handoff)
 
     def write(self, handoff: Handoff, place: int, content: BlockHash) -> None:
         """Like any writer, with no look at the pool."""
@@ -163,19 +179,20 @@ class HandoffsOverPool(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Writers come to an end, nobody wants anything any more: nothing may be left."""
+        for handoff, place in list(self.writes):
+            self.end(handoff, place, intact=False)
         for handoff in list(self.open):
-            for place in sorted(handoff.writing):
-                self.end_write(handoff, place, intact=False)
-            self.abort(handoff)
-        for block_ids in list(self.running):
-            self.finish(block_ids)
+            handoff.aborted = True
+            self.release_if_quiet(handoff)
+        for block_ids in self.running:
+            self.pool.free(block_ids)
         assert len(self.leases) == 0
         self.pool.check_holders([])
         assert self.pool.num_free_blocks == NUM_BLOCKS
 
 
 TestHandoffsOverPool = HandoffsOverPool.TestCase
-TestHandoffsOverPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestHandoffsOverPool.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
 class WithoutQuarantine(HandoffsOverPool):
