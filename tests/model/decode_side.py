@@ -77,7 +77,7 @@ class DecodeSide:
                     yield Step("decode has generated all of hand-off", (handoff,)), self._end(world, handoff, "done")
         for run in world.runs:
             if run.to_decode and not run.left:
-                yield Step("decode hears", (*run.to_decode[0], "of hand-off", run.handoff)), self._hear(world, run)
+                yield Step("decode hears", (run.to_decode[0], "of hand-off", run.handoff)), self._hear(world, run)
         for write in dict.fromkeys(world.writes):
             yield Step("a write ends:", (write.part,)), self.end_write(world, write, cut=False)
 

@@ -37,7 +37,7 @@ class PrefillSide:
     def steps(self, world: World) -> Iterator[tuple[Step, World]]:
         for run in world.runs:
             if run.to_prefill:
-                yield Step("prefill hears", (*run.to_prefill[0], "of", run.handoff, run.epoch)), self._hear(world, run)
+                yield Step("prefill hears", (run.to_prefill[0], "of", run.handoff, run.epoch)), self._hear(world, run)
             if run.sending is not None and not run.sending.ended:
                 if not run.block_ids:
                     scheduled = self._schedule(world, run)

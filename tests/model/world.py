@@ -104,6 +104,9 @@ class Signal(NamedTuple):
     kind: str
     number: int = -1
 
+    def __str__(self) -> str:
+        return self.kind if self.number < 0 else f"{self.kind} {self.number}"
+
 
 class Work(NamedTuple):
     """What a sender does: open, send, finish, or give up.
