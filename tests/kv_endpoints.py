@@ -82,6 +82,11 @@ class Endpoints:
     server: GrpcServer
     senders: KVSenders
 
+    @property
+    def address(self) -> str:
+        """Where the receiver listens."""
+        return self.hub.offers[0].address
+
     def expect(self, block_ids: Sequence[int], request_id: str = REQUEST_ID) -> IncomingTransfer:
         block_hashes = hashes(len(block_ids))
         return self.hub.expect(request_id, EPOCH, INCARNATION, block_ids, block_hashes, self.transport)
