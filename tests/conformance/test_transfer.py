@@ -5,7 +5,7 @@ import random
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -13,56 +13,15 @@ import grpc
 import pytest
 
 from kvstore.transfer import connection
-from kvstore.transfer.base import KVSender, crc32c
+from kvstore.transfer.base import crc32c
 from kvstore.transfer.frames import Frame, FrameType
-from kvstore.transfer.senders import TRANSPORTS
 from kvstore.transfer.shm import host_id
 from pdmesh.errors import CorruptionError, MeshError, PreconditionError, TicketError, UnavailableError
 from pdmesh.v1 import kv_transfer_pb2 as pb
 from pdmesh.v1 import kv_transfer_pb2_grpc
 from tests.fault_proxy import FaultProxy
-from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, Endpoints, endpoints, hash_of, hashes
-
-# How long a test waits for what must happen at once; it fails only by never happening.
-PATIENCE_S = 8.0
-KIB, MIB = 1024, 1024 * 1024
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-async def send_all(sender: KVSender, num_blocks: int) -> None:
-    """A whole transfer of the source's first blocks."""
-    await send_pieces(sender, [(0, range(num_blocks))])
-
-
-async def send_pieces(sender: KVSender, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
-    """A whole transfer, of blocks by their first index."""
-    async with aclosing(sender):
-        await sender.open()
-        for first_index, block_ids in pieces:
-            await sender.send(first_index, block_ids, hashes(len(block_ids), first_index))
-        await sender.finish()
-
-
-def assert_told(error: MeshError, transport: str, reason: str) -> None:
-    """What a refused sender learns: the reason; over gRPC perhaps only that the receiver has ended the transfer."""
-    assert error.reason == reason or (transport == "grpc" and error.reason == "RECEIVER_LOST")
-
-
-async def halfway(ends: Endpoints, proxy: FaultProxy, num_blocks: int) -> int:
-    """The byte at the proxy at which the next transfer of so many blocks will be halfway, after one that is whole."""
-    for _ in range(2):
-        # The first one connects, which takes bytes of its own.
-        begin = proxy.num_bytes
-        async with aclosing(ends.expect(range(num_blocks))) as incoming:
-            await send_all(ends.sender(incoming.grant, via=proxy.address), num_blocks)
-            await incoming.wait()
-    ends.target.fill(range(num_blocks), 0)
-    return proxy.num_bytes + (proxy.num_bytes - begin) // 2
-
+from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, endpoints, hash_of, hashes
+from tests.kv_transfers import KIB, MIB, PATIENCE_S, assert_told, halfway, send_all, send_pieces
 
 # What goes well.
 
