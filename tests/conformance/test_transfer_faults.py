@@ -15,13 +15,14 @@ import pytest
 
 from kvstore.transfer.base import TransferStats
 from kvstore.transfer.frames import HEADER_BYTES
+from kvstore.transfer.grpc_transport import GrpcSender
 from kvstore.transfer.receiver import IncomingTransfer
 from pdmesh.errors import MeshError
-from tests.fault_proxy import FaultProxy, drop, flip, repeat, swap
+from tests.fault_proxy import FaultProxy, Rewrite, drop, flip, repeat, swap
 from tests.kv_endpoints import Endpoints, endpoints
 from tests.kv_transfers import give_up_after, send_pieces
 
-# Ten thousand in all. Most of gRPC's bytes are HTTP/2's, whose flips cost a connection and tell nothing of ours.
+# Ten thousand in all.
 NUM_WIRE_FLIPS = {"shm": 4500, "tcp": 4500}
 NUM_WIRE_FLIPS_ELSE = 500
 NUM_MEMORY_FLIPS = 500
@@ -38,12 +39,39 @@ AT_ONCE_S = 1.0
 OWN, FOREIGN = 0xEE, 0xAB
 
 
+class MessageFaults:
+    """FaultProxy's rewriting for a transport of gRPC's: of the messages, whose frames are not ours."""
+
+    def __init__(self) -> None:
+        self.rewrite_at: int | None = None
+        self.rewrite: Rewrite = flip(0)
+        self.num_bytes = 0
+        self.num_faults = 0
+
+    def clear(self) -> None:
+        self.rewrite_at = None
+
+    def strike(self, sender: GrpcSender) -> None:
+        write = sender._write
+
+        async def write_rewritten(request: bytes) -> None:
+            start, self.num_bytes = self.num_bytes, self.num_bytes + len(request)
+            if self.rewrite_at is not None and start <= self.rewrite_at < self.num_bytes:
+                at, self.rewrite_at = self.rewrite_at - start, None
+                request = request[:at] + self.rewrite(request[at:])
+                self.num_faults += 1
+            await write(request)
+
+        sender._write = write_rewritten  # type: ignore[method-assign]
+
+
 @dataclass
 class Lane:
-    """A place for one transfer after the other: a sender's blocks, a receiver's, and the fault between them."""
+    """A place for one transfer after the other: a sender's blocks, a receiver's, and the faults between them."""
 
     ends: Endpoints
     proxy: FaultProxy
+    faults: FaultProxy | MessageFaults
     block_ids: range
     told: "Counter[str]" = field(default_factory=Counter)
     num_done: int = 0
@@ -55,7 +83,11 @@ class Lane:
         ends.target.fill(block_ids, OWN)
         incoming = ends.expect(block_ids)
         pieces = [(first, [block_ids[place] for place in places]) for first, places in PIECES]
-        sending = asyncio.create_task(send_pieces(ends.sender(incoming.grant, via=self.proxy.address), pieces))
+        sender = ends.sender(incoming.grant, via=self.proxy.address)
+        if isinstance(sender, GrpcSender):
+            assert isinstance(self.faults, MessageFaults)
+            self.faults.strike(sender)
+        sending = asyncio.create_task(send_pieces(sender, pieces))
         try:
             await self._check(incoming, sending)
         finally:
@@ -115,7 +147,8 @@ async def lanes(transport: str) -> AsyncIterator[list[Lane]]:
         all_lanes = []
         for number in range(NUM_LANES):
             proxy = await FaultProxy(ends.address).__aenter__()
-            all_lanes.append(Lane(ends, proxy, range(number * stride, number * stride + BLOCKS_EACH)))
+            faults = MessageFaults() if transport == "grpc" else proxy
+            all_lanes.append(Lane(ends, proxy, faults, range(number * stride, number * stride + BLOCKS_EACH)))
         try:
             yield all_lanes
         finally:
@@ -131,7 +164,7 @@ async def in_all(all_lanes: list[Lane], num_faults: int, one: Callable[[Lane], A
     """Runs `one` again and again in every lane until so many faults have happened."""
 
     async def run(lane: Lane) -> None:
-        while sum(each.proxy.num_faults for each in all_lanes) < num_faults:
+        while sum(each.faults.num_faults for each in all_lanes) < num_faults:
             await one(lane)
 
     async with asyncio.TaskGroup() as group:
@@ -151,7 +184,7 @@ async def wire_sizes(transport: str) -> tuple[int, int]:
         lane = all_lanes[0]
         await lane.transfer()
         assert lane.num_done == 1
-        return lane.proxy.num_bytes, lane.proxy.num_answer_bytes
+        return lane.faults.num_bytes, lane.proxy.num_answer_bytes
 
 
 async def test_bits_flipped_on_the_wire(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +196,14 @@ async def test_bits_flipped_on_the_wire(transport: str, monkeypatch: pytest.Monk
         num_descriptors = len(os.listdir("/proc/self/fd"))
 
         async def flip_one(lane: Lane) -> None:
-            proxy = lane.proxy
-            proxy.rewrite = flip(draw.randrange(8))
-            if draw.random() < 0.9:
-                proxy.rewrite_at = proxy.num_bytes + draw.randrange(num_bytes)
+            faults = lane.faults
+            faults.rewrite = flip(draw.randrange(8))
+            if isinstance(faults, FaultProxy) and draw.random() < 0.1:
+                faults.rewrite_answer_at = faults.num_answer_bytes + draw.randrange(num_answer_bytes)
             else:
-                proxy.rewrite_answer_at = proxy.num_answer_bytes + draw.randrange(num_answer_bytes)
+                faults.rewrite_at = faults.num_bytes + draw.randrange(num_bytes)
             await lane.transfer()
-            proxy.clear()
+            faults.clear()
 
         await in_all(all_lanes, num_flips, flip_one)
         told = sum((lane.told for lane in all_lanes), Counter())
@@ -196,21 +229,20 @@ async def test_bits_flipped_in_the_sender_s_memory_after_its_checksum() -> None:
                 block[place] ^= 1 << bit
                 return data
 
-            lane.proxy.rewrite = flip_memory
+            lane.faults.rewrite = flip_memory
             # The first transfer of a lane connects, as does each after one that failed.
-            lane.proxy.rewrite_at = lane.proxy.num_bytes + part_2
+            lane.faults.rewrite_at = lane.faults.num_bytes + part_2
             await lane.transfer()
-            if lane.proxy.rewrite_at is None:
-                block[place] ^= 1 << bit
-            lane.proxy.clear()
+            lane.faults.clear()
+            block[place] ^= 1 << bit
 
         await in_all(all_lanes, NUM_MEMORY_FLIPS, flip_one)
-        num_faults = sum(lane.proxy.num_faults for lane in all_lanes)
+        num_faults = sum(lane.faults.num_faults for lane in all_lanes)
         told = sum((lane.told for lane in all_lanes), Counter())
         assert told == {"KV_CORRUPTED": num_faults}
 
 
-@pytest.mark.parametrize("fault", ["lost", "doubled", "reordered", "truncated"])
+@pytest.mark.parametrize("fault", ["lost", "doubled", "reordered"])
 async def test_bytes_that_are(fault: str, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(f"{fault} {transport}")
     num_bytes, _ = await wire_sizes(transport)
@@ -218,15 +250,37 @@ async def test_bytes_that_are(fault: str, transport: str, monkeypatch: pytest.Mo
     async with lanes(transport) as all_lanes:
 
         async def strike(lane: Lane) -> None:
-            proxy = lane.proxy
-            at = proxy.num_bytes + draw.randrange(num_bytes)
-            if fault == "truncated":
-                proxy.cut_at = at
-            else:
-                make = {"lost": drop, "doubled": repeat, "reordered": swap}[fault]
-                proxy.rewrite_at, proxy.rewrite = at, make(draw.choice([1, 8, BLOCK_BYTES]))
+            faults = lane.faults
+            make = {"lost": drop, "doubled": repeat, "reordered": swap}[fault]
+            faults.rewrite_at = faults.num_bytes + draw.randrange(num_bytes)
+            faults.rewrite = make(draw.choice([1, 8, BLOCK_BYTES]))
             await lane.transfer()
-            proxy.clear()
+            faults.clear()
 
         await in_all(all_lanes, NUM_OTHER_FAULTS, strike)
         assert sum(lane.told.total() for lane in all_lanes) > NUM_OTHER_FAULTS / 3
+
+
+async def test_connections_cut_at_any_byte(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(f"cuts {transport}")
+    async with lanes(transport) as all_lanes:
+        await all_lanes[0].transfer()
+        num_bytes = all_lanes[0].proxy.num_bytes
+    give_up_after(monkeypatch, GIVE_UP_AFTER_S)
+    async with lanes(transport) as all_lanes:
+
+        async def cut(lane: Lane) -> None:
+            lane.proxy.cut_at = lane.proxy.num_bytes + draw.randrange(num_bytes)
+            await lane.transfer()
+            lane.proxy.clear()
+
+        async with asyncio.TaskGroup() as group:
+            for lane in all_lanes:
+                group.create_task(_repeat(cut, lane, NUM_OTHER_FAULTS // NUM_LANES))
+        assert sum(lane.proxy.num_faults for lane in all_lanes) > NUM_OTHER_FAULTS / 3
+        assert sum(lane.told.total() for lane in all_lanes) > NUM_OTHER_FAULTS / 3
+
+
+async def _repeat(one: Callable[[Lane], Awaitable[None]], lane: Lane, num_times: int) -> None:
+    for _ in range(num_times):
+        await one(lane)
