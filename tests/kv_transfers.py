@@ -16,9 +16,12 @@ PATIENCE_S = 8.0
 KIB, MIB = 1024, 1024 * 1024
 
 
-async def send_all(sender: KVSender, num_blocks: int) -> None:
-    """A whole transfer of the source's first blocks."""
-    await send_pieces(sender, [(0, range(num_blocks))])
+async def send_all(sender: KVSender, num_blocks: int, first_hash: int = 0) -> None:
+    """A whole transfer of the source's first blocks; their identities count from `first_hash` on."""
+    async with aclosing(sender):
+        await sender.open()
+        await sender.send(0, range(num_blocks), hashes(num_blocks, first_hash))
+        await sender.finish()
 
 
 async def send_pieces(sender: KVSender, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:

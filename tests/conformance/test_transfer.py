@@ -3,7 +3,6 @@
 import asyncio
 import random
 import socket
-import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -389,26 +388,6 @@ async def test_a_closed_sender_reads_no_more(monkeypatch: pytest.MonkeyPatch) ->
         num_reads_when_closed = num_reads
         await asyncio.sleep(0.05)
         assert num_reads == num_reads_when_closed
-
-
-async def test_a_killed_sender_is_noticed(transport: str) -> None:
-    async with endpoints(transport, 4, KIB) as ends, aclosing(ends.expect(range(4))) as incoming:
-        grant = incoming.grant
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.kv_endpoints", transport, grant.address, grant.ticket.hex(), "4", str(KIB),
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        async with asyncio.timeout(30.0):
-            assert await process.stdout.readline() == b"sent\n"
-        waiting = asyncio.create_task(incoming.wait())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        process.kill()
-        await process.wait()
-        async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(UnavailableError):
-                await waiting
 
 
 async def test_a_receiver_that_stops_ends_its_senders(transport: str) -> None:
