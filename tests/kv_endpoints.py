@@ -1,13 +1,6 @@
-"""Both ends of KV transfers for tests: memory of plain bytes, a receiver, a sender; run as a program, a sender to kill.
+"""Both ends of KV transfers for tests: memory of plain bytes, a receiver, a sender."""
 
-    python -m tests.kv_endpoints TRANSPORT ADDRESS TICKET_HEX NUM_BLOCKS BLOCK_BYTES
-
-sends all blocks but the last, prints "sent", and waits for its end.
-"""
-
-import asyncio
 import random
-import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -85,6 +78,11 @@ class Endpoints:
     server: GrpcServer
     senders: KVSenders
 
+    @property
+    def address(self) -> str:
+        """Where the receiver listens."""
+        return self.hub.offers[0].address
+
     def expect(self, block_ids: Sequence[int], request_id: str = REQUEST_ID) -> IncomingTransfer:
         block_hashes = hashes(len(block_ids))
         return self.hub.expect(request_id, EPOCH, SENDER_ID, INCARNATION, block_ids, block_hashes, self.transport)
@@ -121,19 +119,3 @@ async def endpoints(transport: str, num_blocks: int, block_bytes: int) -> AsyncI
             # One that has let go of everything may still be on its way out.
             thread.join(THREAD_END_TIMEOUT_S)
             assert not thread.is_alive(), f"{thread.name} was left running"
-
-
-async def _send_all_but_the_last(grant: Grant, num_blocks: int, block_bytes: int) -> None:
-    channels = ChannelPool()
-    senders = KVSenders(BytesMemory(num_blocks, block_bytes, seed=1), INCARNATION, channels.get, new_journal())
-    sender = senders.sender(grant, REQUEST_ID)
-    await sender.open()
-    await sender.send(0, range(num_blocks - 1), hashes(num_blocks - 1))
-    print("sent", flush=True)
-    await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    _, transport_, address_, ticket_, num_blocks_, block_bytes_ = sys.argv
-    grant_ = Grant(bytes.fromhex(ticket_), EPOCH, transport_, address_)
-    asyncio.run(_send_all_but_the_last(grant_, int(num_blocks_), int(block_bytes_)))

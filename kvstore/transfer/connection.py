@@ -1,6 +1,7 @@
 """A connection of transport `tcp`, `shm` or `nixl`: whole frames, on blocking threads, stoppable from any thread."""
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -81,9 +82,14 @@ class Connection:
         header, descriptors, _, _ = socket.recv_fds(self._sock, HEADER_BYTES, 1)
         if not header:
             return None, None
-        rest = bytearray(HEADER_BYTES - len(header))
-        self.receive([memoryview(rest)])
-        return Frame.parse(header + rest), descriptors[0] if descriptors else None
+        try:
+            rest = bytearray(HEADER_BYTES - len(header))
+            self.receive([memoryview(rest)])
+            return Frame.parse(header + rest), descriptors[0] if descriptors else None
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
     def send_descriptor(self, frame: bytes, descriptor: int) -> None:
         """Sends a header and lends the peer a file."""

@@ -96,9 +96,11 @@ class _ShmTaker:
         frame, descriptor = self._connection.receive_descriptor()
         if frame is None:
             return False
-        if frame.type is not FrameType.MEMORY or descriptor is None:
-            raise CorruptionError("a shm connection begins with MEMORY", reason="KV_PROTOCOL", stage="transfer")
+        if descriptor is None:
+            raise CorruptionError("a shm connection begins with a descriptor", reason="KV_PROTOCOL", stage="transfer")
         try:
+            if frame.type is not FrameType.MEMORY:
+                raise CorruptionError("a shm connection begins with MEMORY", reason="KV_PROTOCOL", stage="transfer")
             # Without the seal, reading past the end of a file that was cut short would kill this process.
             sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
             if not sealed or not 0 < frame.num_bytes <= os.fstat(descriptor).st_size:

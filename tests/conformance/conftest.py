@@ -1,4 +1,4 @@
-"""Fixtures of the conformance suites: each directory in turn."""
+"""Fixtures of the conformance suites: each directory, and each KV transport, in turn."""
 
 from collections.abc import AsyncIterator, Iterator
 
@@ -7,6 +7,7 @@ import pytest
 from kvstore.directory import (
     Directory,
 )
+from kvstore.transfer.senders import TRANSPORTS
 from tests.directory_stores import (
     MemoryStore,
     Store,
@@ -31,3 +32,8 @@ async def directory(store: Store) -> AsyncIterator[Directory]:
     directory = store.directory()
     yield directory
     await directory.aclose()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

@@ -3,9 +3,8 @@
 import asyncio
 import random
 import socket
-import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -13,43 +12,15 @@ import grpc
 import pytest
 
 from kvstore.transfer import connection
-from kvstore.transfer.base import KVSender, crc32c
+from kvstore.transfer.base import crc32c
 from kvstore.transfer.frames import Frame, FrameType
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.shm import host_id
 from pdmesh.errors import CorruptionError, MeshError, PreconditionError, TicketError, UnavailableError
 from pdmesh.v1 import kv_transfer_pb2 as pb
 from pdmesh.v1 import kv_transfer_pb2_grpc
 from tests.fault_proxy import FaultProxy
-from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, SENDER_ID, Endpoints, endpoints, hash_of, hashes
-
-# How long a test waits for what must happen at once; it fails only by never happening.
-PATIENCE_S = 8.0
-KIB, MIB = 1024, 1024 * 1024
-
-
-@pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-async def send_all(sender: KVSender, num_blocks: int) -> None:
-    """A whole transfer of the source's first blocks."""
-    await send_pieces(sender, [(0, range(num_blocks))])
-
-
-async def send_pieces(sender: KVSender, pieces: Sequence[tuple[int, Sequence[int]]]) -> None:
-    """A whole transfer, of blocks by their first index."""
-    async with aclosing(sender):
-        await sender.open()
-        for first_index, block_ids in pieces:
-            await sender.send(first_index, block_ids, hashes(len(block_ids), first_index))
-        await sender.finish()
-
-
-def assert_told(error: MeshError, transport: str, reason: str) -> None:
-    """What a refused sender learns: the reason; over gRPC perhaps only that the receiver has ended the transfer."""
-    assert error.reason == reason or (transport == "grpc" and error.reason == "RECEIVER_LOST")
-
+from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, SENDER_ID, endpoints, hash_of, hashes
+from tests.kv_transfers import KIB, MIB, PATIENCE_S, assert_told, halfway, send_all, send_pieces
 
 # What goes well.
 
@@ -117,7 +88,7 @@ async def test_many_transfers_at_once_over_one_pool(transport: str) -> None:
 
 
 async def test_a_connection_carries_one_transfer_after_the_other() -> None:
-    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(await _tcp_address(ends)) as proxy:
+    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(ends.address) as proxy:
         for _ in range(5):
             async with aclosing(ends.expect(range(4))) as incoming:
                 await send_all(ends.sender(incoming.grant, via=proxy.address), 4)
@@ -126,7 +97,7 @@ async def test_a_connection_carries_one_transfer_after_the_other() -> None:
 
 
 async def test_an_idle_connection_that_died_is_replaced_unnoticed() -> None:
-    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(await _tcp_address(ends)) as proxy:
+    async with endpoints("tcp", 4, KIB) as ends, FaultProxy(ends.address) as proxy:
         for number in range(3):
             async with aclosing(ends.expect(range(4))) as incoming:
                 await send_all(ends.sender(incoming.grant, via=proxy.address), 4)
@@ -134,11 +105,6 @@ async def test_an_idle_connection_that_died_is_replaced_unnoticed() -> None:
             # Nothing tells the sender before it writes.
             proxy.reset_next = number < 2
         assert (proxy.num_faults, proxy.num_connections) == (2, 3)
-
-
-async def _tcp_address(ends: Endpoints) -> str:
-    async with aclosing(ends.expect([])) as incoming:
-        return incoming.grant.address
 
 
 async def test_a_pause_between_parts_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,16 +202,15 @@ async def test_what_the_ticket_does_not_cover_exactly_fails_both_sides(
 async def test_a_bit_flipped_on_the_way_fails_both_sides(transport: str) -> None:
     async with (
         endpoints(transport, 8, 256 * KIB) as ends,
+        FaultProxy(ends.address) as proxy,
         aclosing(ends.expect(range(8))) as incoming,
-        FaultProxy(incoming.grant.address) as proxy,
     ):
-        proxy.flip_at = 1_000_000
+        proxy.rewrite_at = await halfway(ends, proxy, 8)
         with pytest.raises((CorruptionError, UnavailableError)) as sender_told:
             await send_all(ends.sender(incoming.grant, via=proxy.address), 8)
         with pytest.raises(CorruptionError) as receiver_told:
             await incoming.wait()
-        assert receiver_told.value.reason == "KV_CORRUPTED"
-        assert_told(sender_told.value, transport, "KV_CORRUPTED")
+        assert_told(sender_told.value, transport, receiver_told.value.reason)
         assert proxy.num_faults == 1
 
 
@@ -253,7 +218,7 @@ async def test_a_refused_sender_is_told_before_it_has_sent_everything(transport:
     async with (
         endpoints(transport, 64, MIB) as ends,
         aclosing(ends.expect([0])) as incoming,
-        FaultProxy(incoming.grant.address) as proxy,
+        FaultProxy(ends.address) as proxy,
     ):
         with pytest.raises((CorruptionError, UnavailableError)) as told:
             await send_all(ends.sender(incoming.grant, via=proxy.address), 64)
@@ -286,7 +251,7 @@ async def test_parts_overlapping_within_a_block_are_refused() -> None:
 @pytest.mark.parametrize("num_bytes", [0, 5, 20, 24, 30, 200])
 async def test_noise_does_not_harm_the_receiver(num_bytes: int) -> None:
     async with endpoints("tcp", 1, KIB) as ends:
-        host, _, port = (await _tcp_address(ends)).rpartition(":")
+        host, _, port = ends.address.rpartition(":")
         draw = random.Random(num_bytes)
         openings = (
             b"",
@@ -314,9 +279,9 @@ async def test_a_cut_connection_fails_both_sides(transport: str) -> None:
     async with (
         endpoints(transport, 8, 256 * KIB) as ends,
         aclosing(ends.expect(range(8))) as incoming,
-        FaultProxy(incoming.grant.address) as proxy,
+        FaultProxy(ends.address) as proxy,
     ):
-        proxy.cut_at = 1_000_000
+        proxy.cut_at = await halfway(ends, proxy, 8)
         async with asyncio.timeout(PATIENCE_S):
             with pytest.raises(UnavailableError):
                 await send_all(ends.sender(incoming.grant, via=proxy.address), 8)
@@ -328,8 +293,8 @@ async def test_a_cut_connection_fails_both_sides(transport: str) -> None:
 async def test_no_write_lands_after_the_receiver_gave_up(transport: str) -> None:
     async with endpoints(transport, 32, MIB) as ends:
         incoming = ends.expect(range(32))
-        async with FaultProxy(incoming.grant.address) as proxy:
-            proxy.stall_at = 5 * MIB + 12345
+        async with FaultProxy(ends.address) as proxy:
+            proxy.stall_at = await halfway(ends, proxy, 32)
             sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 32))
             async with asyncio.timeout(PATIENCE_S):
                 await proxy.stalled.wait()
@@ -367,8 +332,8 @@ async def test_giving_up_again_and_again_keeps_blocks_clean(transport: str) -> N
 
 async def test_a_sender_that_is_cancelled_leaves_at_once_and_the_receiver_knows(transport: str) -> None:
     async with endpoints(transport, 32, MIB) as ends, aclosing(ends.expect(range(32))) as incoming:
-        async with FaultProxy(incoming.grant.address) as proxy:
-            proxy.stall_at = 3 * MIB
+        async with FaultProxy(ends.address) as proxy:
+            proxy.stall_at = await halfway(ends, proxy, 32)
             sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 32))
             async with asyncio.timeout(PATIENCE_S):
                 await proxy.stalled.wait()
@@ -425,31 +390,11 @@ async def test_a_closed_sender_reads_no_more(monkeypatch: pytest.MonkeyPatch) ->
         assert num_reads == num_reads_when_closed
 
 
-async def test_a_killed_sender_is_noticed(transport: str) -> None:
-    async with endpoints(transport, 4, KIB) as ends, aclosing(ends.expect(range(4))) as incoming:
-        grant = incoming.grant
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.kv_endpoints", transport, grant.address, grant.ticket.hex(), "4", str(KIB),
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        async with asyncio.timeout(30.0):
-            assert await process.stdout.readline() == b"sent\n"
-        waiting = asyncio.create_task(incoming.wait())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        process.kill()
-        await process.wait()
-        async with asyncio.timeout(PATIENCE_S):
-            with pytest.raises(UnavailableError):
-                await waiting
-
-
 async def test_a_receiver_that_stops_ends_its_senders(transport: str) -> None:
     async with endpoints(transport, 32, MIB) as ends:
         incoming, unused = ends.expect(range(16)), ends.expect(range(16, 32))
-        async with FaultProxy(incoming.grant.address) as proxy:
-            proxy.stall_at = 3 * MIB
+        async with FaultProxy(ends.address) as proxy:
+            proxy.stall_at = await halfway(ends, proxy, 16)
             sending = asyncio.create_task(send_all(ends.sender(incoming.grant, via=proxy.address), 16))
             async with asyncio.timeout(PATIENCE_S):
                 await proxy.stalled.wait()
@@ -467,7 +412,7 @@ async def test_a_receiver_that_is_not_there(transport: str) -> None:
     # Bound, so that nobody else gets the port; not listening, so that nobody answers.
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        address = f"{host_id()}/nobody" if transport == "shm" else f"127.0.0.1:{bound.getsockname()[1]}"
         async with endpoints(transport, 1, KIB) as ends, aclosing(ends.expect([0])) as incoming:
             async with asyncio.timeout(PATIENCE_S):
                 with pytest.raises(UnavailableError):
@@ -498,7 +443,7 @@ async def test_silence_within_a_part_is_given_up_in_the_end(monkeypatch: pytest.
     async with (
         endpoints("tcp", 8, MIB) as ends,
         aclosing(ends.expect(range(8))) as incoming,
-        FaultProxy(incoming.grant.address) as proxy,
+        FaultProxy(ends.address) as proxy,
     ):
         proxy.stall_at = MIB + 1000
         async with asyncio.timeout(PATIENCE_S):
