@@ -24,7 +24,13 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 
+# What a peer may send ahead of being read. gRPC would let it grow with the link's speed, and a ping that waits behind
+# megabytes on a slow link is one that is not answered in time.
+WINDOW_BYTES = 512 * 1024
+
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     # The server's side of the pings above: without these it answers them with GOAWAY.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
     ("grpc.keepalive_permit_without_calls", 1),

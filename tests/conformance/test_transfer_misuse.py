@@ -67,12 +67,7 @@ async def test_no_bit_of_a_ticket_can_be_guessed(transport: str) -> None:
         await send_all(ends.sender(incoming.grant), 1)
 
 
-async def test_a_slow_link_is_no_fault_and_blocks_come_back_at_once(
-    transport: str, request: pytest.FixtureRequest
-) -> None:
-    if transport == "grpc":
-        why = "gRPC's ping waits behind the bytes in flight for longer than its timeout, and the connection is ended"
-        request.applymarker(pytest.mark.xfail(reason=why))
+async def test_a_slow_link_is_no_fault_and_blocks_come_back_at_once(transport: str) -> None:
     async with endpoints(transport, 8, 256 * KIB) as ends, FaultProxy(ends.address) as proxy:
         proxy.bytes_per_s = 1e6
         async with aclosing(ends.expect(range(8))) as incoming:
