@@ -146,6 +146,8 @@ class Quiet:
     """The blocks are the receiver's alone, to commit or to free; comes once, last."""
 
 
+_ACCEPT = Accept()
+
 ReceivingAction = Accept | Refuse | StopWriter | Ended | Quiet
 
 
@@ -216,7 +218,7 @@ class Receiving:
             case Abort():
                 return self._end(event.failure, stop_writer=True)
             case Alive():
-                return self._alive(now), ()
+                return replace(self, expires_at=now + LEASE_S), ()
             case Tick():
                 if now < self.expires_at:
                     return self, ()
@@ -229,7 +231,7 @@ class Receiving:
             return self, _refused("TICKET_SENDER", "this ticket is somebody else's")
         if self.state is not TransferState.EXPECTED:
             return self, _refused("TICKET_USED", "this ticket was used or revoked")
-        return replace(self._alive(now), state=TransferState.RECEIVING), (Accept(),)
+        return replace(self, state=TransferState.RECEIVING, expires_at=now + LEASE_S), (_ACCEPT,)
 
     def _begin_write(self, event: BeginWrite, now: float) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
         if self.state is not TransferState.RECEIVING:
@@ -251,8 +253,9 @@ class Receiving:
             middle, tail = (begin, tail[1]), tail[2:]
         if head and head[-1] == begin:
             middle, head = (head[-2], middle[1]), head[:-2]
-        claimed = replace(self._alive(now), claims=(*head, *middle, *tail), num_writing=self.num_writing + 1)
-        return claimed, (Accept(),)
+        claims = (*head, *middle, *tail)
+        claimed = replace(self, claims=claims, num_writing=self.num_writing + 1, expires_at=now + LEASE_S)
+        return claimed, (_ACCEPT,)
 
     def _finish(self, event: Finish) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
         if self.state is not TransferState.RECEIVING:
@@ -264,7 +267,7 @@ class Receiving:
                 f"the sender speaks of {event.num_bytes} bytes in {event.num_parts} parts",
             )
         assert not self.num_writing, "every byte is verified and yet one is being written"
-        return replace(self, state=TransferState.DONE), (Accept(), Ended(), Quiet())
+        return replace(self, state=TransferState.DONE), (_ACCEPT, Ended(), Quiet())
 
     def _end(self, failure: Failure, *, stop_writer: bool) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
         if self.ended:
@@ -274,9 +277,6 @@ class Receiving:
             actions.append(StopWriter())
         ended = replace(self, state=TransferState.FAILED, failure=failure)
         return ended, (*actions, Quiet()) if ended.quiet else tuple(actions)
-
-    def _alive(self, now: float) -> "Receiving":
-        return replace(self, expires_at=now + LEASE_S)
 
     def check_invariants(self) -> None:
         """Raises AssertionError where the books do not add up; callable at any time."""
