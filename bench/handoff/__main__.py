@@ -49,6 +49,7 @@ def main() -> None:
             prompt_tokens=options.prompt_tokens,
             output_tokens=options.output_tokens,
             rounds=options.rounds,
+            kv_cache_bytes=options.kv_cache_mib << 20,
             prefill_core=cores[0],
             decode_core=cores[1],
         )
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=1024, help="default: 1024")
     parser.add_argument("--output-tokens", type=int, default=16, help="default: 16")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each way; the median counts (default: 20)")
+    parser.add_argument(
+        "--kv-cache-mib", type=int, default=96, help="of each worker; all of it is written before (default: 96)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     return parser
 

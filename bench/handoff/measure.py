@@ -13,10 +13,7 @@ from pdmesh import AsyncClient
 from pdmesh.channels import ChannelPool
 from pdmesh.local.cluster import LocalCluster
 from pdmesh.local.config import LocalConfig
-from pdmesh.types import Role
-
-# Not counted: connections are made, and caches and branch predictors find their feet.
-_WARM_UP_ROUNDS = 2
+from pdmesh.types import Role, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +23,8 @@ class Setting:
     Attributes:
         model: Model directory or .gguf file.
         dtype: What it computes in.
+        kv_cache_bytes: Of each worker. What has never been written costs more the first time: rounds before those that
+            count write all of it.
         prefill_core, decode_core: Each worker's, and no other's.
         rounds: A prompt for each way in each.
     """
@@ -35,6 +34,7 @@ class Setting:
     prompt_tokens: int
     output_tokens: int
     rounds: int
+    kv_cache_bytes: int
     prefill_core: int
     decode_core: int
 
@@ -48,7 +48,13 @@ async def measure(setting: Setting, transport: str, say: Callable[[str], None]) 
     Raises ConfigError where the mesh does not start, RuntimeError where it does something else than was to be measured.
     """
     config = LocalConfig(
-        model=setting.model, port=0, dtype=setting.dtype, num_threads=1, transports=transport, log_level="warning"
+        model=setting.model,
+        port=0,
+        dtype=setting.dtype,
+        num_threads=1,
+        kv_cache_bytes=setting.kv_cache_bytes,
+        transports=transport,
+        log_level="warning",
     )
     cluster = LocalCluster(config, say)
     try:
@@ -81,9 +87,10 @@ async def _rounds(setting: Setting, transport: str, address: str, say: Callable[
             await idle(workers, channels)
             return await answer(client, prompt, setting.output_tokens, transport)
 
+        num_warm_up = _warm_up_rounds(workers, setting.prompt_tokens)
         rounds = []
-        for number in range(_WARM_UP_ROUNDS + setting.rounds):
-            say(f"{transport}: round {number - _WARM_UP_ROUNDS + 1} of {setting.rounds}")
+        for number in range(num_warm_up + setting.rounds):
+            say(f"{transport}: round {number + 1} of {num_warm_up} to warm up and {setting.rounds} that count")
             # Who goes first changes: a machine that slows down does so for both.
             if number % 2:
                 mesh_answer = await ask_mesh(workload.prompt(draw))
@@ -92,4 +99,13 @@ async def _rounds(setting: Setting, transport: str, address: str, say: Callable[
                 alone_s = await ask_alone(workload.prompt(draw))
                 mesh_answer = await ask_mesh(workload.prompt(draw))
             rounds.append(Round(alone_s, mesh_answer))
-    return rounds[_WARM_UP_ROUNDS:]
+    return rounds[num_warm_up:]
+
+
+def _warm_up_rounds(workers: Sequence[WorkerInfo], prompt_tokens: int) -> int:
+    """After so many prompts, each with blocks of its own, every block of every worker was written."""
+    numbers = []
+    for worker in workers:
+        assert worker.facts is not None
+        numbers.append(worker.load.num_blocks * worker.facts.block_size // prompt_tokens + 1)
+    return max(numbers)
