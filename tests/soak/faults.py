@@ -11,11 +11,14 @@ from pdmesh import AsyncClient
 from pdmesh.errors import MeshError
 from pdmesh.local.child import ChildProcess
 from pdmesh.local.cluster import LocalCluster
+from pdmesh.types import Role
 
 _BACK_TIMEOUT_S = 90.0
 _DRAIN_TIMEOUT_S = 60.0
 # Between one worker's return and the next one's fault.
-_LONGEST_CALM_S = 2.0
+_LONGEST_CALM_S = 1.0
+# Of the workers that are taken; the others are drained.
+_KILLED = 0.7
 
 
 class Supervisor:
@@ -40,7 +43,12 @@ class Supervisor:
 
 
 class Faults:
-    """Takes workers from a running cluster. `counts` has the number of kills and drains that were proven."""
+    """Takes workers from a running cluster.
+
+    Attributes:
+        counts: Faults that were proven: `kill decode-0`, …
+        num_hit: Requests that the router had on decode workers when these were killed.
+    """
 
     def __init__(self, cluster: LocalCluster, supervisor: Supervisor, client: AsyncClient, draw: random.Random) -> None:
         self._children = {child.name: child for child in cluster.children}
@@ -48,13 +56,14 @@ class Faults:
         self._client = client
         self._draw = draw
         self.counts = Counter[str]()
+        self.num_hit = 0
 
     async def run(self, victims: Sequence[str], stop: asyncio.Event) -> None:
         """Until `stop`; every worker is back when it returns. `victims` are the names of those that may be taken."""
         while not stop.is_set():
             name = self._draw.choice(victims)
             before = (await self._incarnations())[name]
-            fault = self._kill if self._draw.random() < 0.6 else self._drain
+            fault = self._kill if self._draw.random() < _KILLED else self._drain
             await fault(self._children[name])
             await self._back(name, before)
             await asyncio.sleep(self._draw.uniform(0, _LONGEST_CALM_S))
@@ -62,15 +71,18 @@ class Faults:
     async def _kill(self, child: ChildProcess) -> None:
         pid = child.pid
         assert pid is not None
+        assigned = {view.info.worker_id: view.num_assigned for view in await self._client.workers()}
         os.kill(pid, signal.SIGKILL)
         assert await child.wait() == -signal.SIGKILL
-        self.counts["kills"] += 1
+        self.counts[f"kill {child.name}"] += 1
+        if child.name.startswith(Role.DECODE.value):
+            self.num_hit += assigned[child.name]
 
     async def _drain(self, child: ChildProcess) -> None:
         await self._client.drain(child.name)
         async with asyncio.timeout(_DRAIN_TIMEOUT_S):
             assert await child.wait() == 0, "a drained worker ends by itself"
-        self.counts["drains"] += 1
+        self.counts[f"drain {child.name}"] += 1
         await self._supervisor.take_back(child)
 
     async def _back(self, name: str, before: str) -> None:

@@ -1,4 +1,4 @@
-"""How much memory processes hold over time, and what else of the system's they hold."""
+"""How much memory processes hold over time, and what else of the system's they hold. Linux: it is read from /proc."""
 
 import asyncio
 import statistics
@@ -11,27 +11,36 @@ _INTERVAL_S = 0.5
 
 
 class MemoryWatch:
-    """Samples the resident memory of processes, by name, against the number of requests that ended."""
+    """Samples the resident memory of processes, by name, against the number of requests that ended.
+
+    Their own memory (RssAnon of proc_pid_status(5)): what a decode worker maps of others' comes and goes with its
+    connections.
+    """
 
     def __init__(self, pids: Mapping[str, int], num_ended: Callable[[], int]) -> None:
-        self._processes = {name: psutil.Process(pid) for name, pid in pids.items()}
+        self._pids = pids
         self._num_ended = num_ended
         self._samples: dict[str, list[tuple[int, int]]] = {name: [] for name in pids}
 
     async def run(self) -> None:
-        """Until cancelled. Raises psutil.NoSuchProcess where one of them ends."""
+        """Until cancelled. Raises OSError where one of them has ended."""
         while True:
-            for name, process in self._processes.items():
-                self._samples[name].append((self._num_ended(), process.memory_info().rss))
+            for name, pid in self._pids.items():
+                self._samples[name].append((self._num_ended(), _anonymous_kib(pid)))
             await asyncio.sleep(_INTERVAL_S)
 
     def slopes(self) -> dict[str, float]:
         """KiB per 100 requests: the least-squares line through all samples of each process."""
         found = {}
         for name, samples in self._samples.items():
-            ended, rss = zip(*samples, strict=True)
-            found[name] = statistics.linear_regression(ended, rss).slope * 100 / 1024
+            ended, kib = zip(*samples, strict=True)
+            found[name] = statistics.linear_regression(ended, kib).slope * 100
         return found
+
+
+def _anonymous_kib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def lent_memory(pid: int) -> set[str]:

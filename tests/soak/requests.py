@@ -43,7 +43,7 @@ async def known_requests(model: Path, num_prompts: int, draw: random.Random) -> 
             prompt = tuple(draw.randrange(VOCAB_SIZE - 64) for _ in range(draw.randint(1, 500)))
             for temperature in (0.0, 0.9):
                 sampling = SamplingParams(
-                    temperature=temperature, seed=number, max_tokens=draw.randint(1, 400), ignore_eos=True
+                    temperature=temperature, seed=number, max_tokens=draw.randint(1, 500), ignore_eos=True
                 )
                 async with aclosing(engine.generate(EngineRequest(f"alone-{len(found)}", prompt, sampling))) as outputs:
                     token_ids = tuple([token async for output in outputs for token in output.token_ids])
