@@ -16,8 +16,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Despite its name: how long an attempt to connect may take. A busy peer, or one far away, needs its time.
+    ("grpc.min_reconnect_backoff_ms", KEEPALIVE_MS),
     # A worker that restarts at its old address is reached at once, not after a back-off of up to two minutes.
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # No proxy variable of the user's shell stands between two of our processes.

@@ -10,7 +10,7 @@ import grpc
 
 from pdmesh.errors import InvalidRequestError, MeshError, UnavailableError
 from pdmesh.sampling import SamplingParams
-from pdmesh.status import from_rpc_error
+from pdmesh.status import from_rpc_error, is_ours
 from pdmesh.v1 import common_pb2, inference_pb2
 
 # How long a client waits for an answer that takes no computing.
@@ -118,7 +118,8 @@ def mesh_errors(address: str) -> Iterator[None]:
 
 
 def _from_router(error: grpc.RpcError, address: str) -> MeshError:
-    if error.code() is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION in (error.details() or ""):
+    # A router that cannot reach a worker may say so in the same words.
+    if error.code() is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION in (error.details() or "") and not is_ours(error):
         return UnavailableError(
             f"nobody answers at {address}: is the router running there? `pdmesh up MODEL` starts a cluster",
             reason="NO_CONNECTION",

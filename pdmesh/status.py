@@ -60,6 +60,11 @@ async def abort(context: Aborter, error: errors.MeshError) -> NoReturn:
     await context.abort_with_status(to_status(error))
 
 
+def is_ours(error: grpc.RpcError) -> bool:
+    """Whether `to_status` made the status, at the other end; if not, gRPC itself did, here or there."""
+    return rpc_status.from_call(error) is not None  # type: ignore[arg-type]  # it takes any failed call
+
+
 def from_rpc_error(error: grpc.RpcError, *, stage: str = "") -> errors.MeshError:
     """What a peer's status means here: the class by code, reason and stage from its details where it sent any."""
     code, message = error.code(), error.details() or ""

@@ -6,7 +6,7 @@ import grpc
 
 from pdmesh import status
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import NotFoundError
+from pdmesh.errors import NotFoundError, UnavailableError
 from pdmesh.types import WorkerInfo, role_to_pb
 from pdmesh.v1 import cluster_pb2 as pb
 from pdmesh.v1 import cluster_pb2_grpc
@@ -68,5 +68,12 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
         try:
             await worker.Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise status.from_rpc_error(error) from error
+            failure = status.from_rpc_error(error)
+            if isinstance(failure, UnavailableError) and not status.is_ours(error):
+                raise UnavailableError(
+                    f"{info.worker_id} does not answer at {info.address}: {failure.message}",
+                    reason="WORKER_UNREACHABLE",
+                    stage="admission",
+                ) from error
+            raise failure from error
         return pb.DrainWorkerResponse()

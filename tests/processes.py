@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import grpc
-
 from pdmesh import AsyncClient
 from pdmesh.channels import ChannelPool
 from pdmesh.cluster_view import WorkerView
@@ -19,6 +17,7 @@ from pdmesh.errors import MeshError
 from pdmesh.health import is_serving
 from pdmesh.local.child import ChildProcess, ChildSpec
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
+from tests.leaks import held_by_workers
 from tests.valkey import ValkeyServer
 
 START_TIMEOUT_S = 60.0
@@ -101,17 +100,7 @@ class ProcessMesh:
 
     async def held(self) -> str:
         """What workers still hold, for a person; empty when they are idle."""
-        found = []
-        for worker_id in await self.workers():
-            try:
-                status = await self.status(worker_id)
-            except grpc.aio.AioRpcError:
-                continue
-            busy = (status.num_requests, status.num_leases, status.num_tickets, status.num_request_tasks)
-            load = status.info.load
-            if any(busy) or load.num_free_blocks != load.num_blocks:
-                found.append(f"{worker_id}: {busy}, {load.num_free_blocks} of {load.num_blocks} blocks free")
-        return "; ".join(found)
+        return await held_by_workers([view.info for view in (await self.workers()).values()], self._channels)
 
     async def assert_idle(self, within_s: float = 1.0) -> None:
         deadline = asyncio.get_running_loop().time() + within_s

@@ -12,9 +12,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from kvstore.announcer import Announcer
 from kvstore.memory_directory import MemoryDirectory
 from kvstore.tiers.base import Tier
-from pdmesh import status
+from pdmesh import AsyncClient, status
 from pdmesh.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -517,6 +518,25 @@ async def test_other_calls(model: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await bed.cluster.DrainWorker(cluster_pb2.DrainWorkerRequest(worker_id="nobody"))
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_to_drain_a_worker_that_is_gone_blames_the_worker_not_the_router(
+    model: Path, unused_tcp_port: int
+) -> None:
+    directory = MemoryDirectory()
+    worker = FakeDecode(directory, "decode-0")
+    async with routing(model, worker) as bed:
+        gone = replace(worker.info, worker_id="gone", address=f"127.0.0.1:{unused_tcp_port}")
+        announcer = Announcer(directory, lambda: gone, heartbeat_s=0.1)
+        await announcer.start()
+        try:
+            await bed.until_known(2)
+            async with AsyncClient(bed.service.address) as client:
+                with pytest.raises(UnavailableError, match=f"gone does not answer at {gone.address}") as caught:
+                    await client.drain("gone")
+        finally:
+            await announcer.stop()
+    assert caught.value.reason == "WORKER_UNREACHABLE"
 
 
 async def test_transfers_are_told_of_all_workers_though_one_is_silent(model: Path) -> None:
