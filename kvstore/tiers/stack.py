@@ -66,6 +66,12 @@ class TierStack:
                 break
         return tiers
 
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """Counts the blocks as used now, in every tier that holds them: others make room before they do."""
+        self.host.touch(hashes)
+        for block_hash in reversed(hashes):
+            self._touch_disk(block_hash)
+
     def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> int:
         """Fills the views with the blocks, first to last; returns how many are good. Blocks on I/O.
 
