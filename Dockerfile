@@ -1,7 +1,8 @@
-# Two images: `router`, without torch, and `worker`, for prefill and decode alike.
+# Three images: `router` and `store`, without torch, and `worker`, for prefill and decode alike.
 #
 #   docker build -t pdmesh .
 #   docker build -t pdmesh-router --target router .
+#   docker build -t pdmesh-store --target store .
 #
 # The worker's torch is for CPUs; for CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
 # Wheels that the base image brings in /opt/wheels come first, so that it also builds where no index is in reach.
@@ -29,6 +30,21 @@ EXPOSE 50051
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pdmesh", "health"]
 ENTRYPOINT ["python", "-m"]
 CMD ["router"]
+
+FROM base AS store
+COPY pyproject.toml README.md LICENSE /tmp/project/
+RUN mkdir /tmp/project/pdmesh && touch /tmp/project/pdmesh/__init__.py \
+    && pip install '/tmp/project[kvstore]' && rm -rf /tmp/project
+COPY pdmesh pdmesh
+COPY kvstore kvstore
+# A volume mounted here belongs to who runs the store.
+RUN mkdir /kv && chown pdmesh /kv
+USER pdmesh
+ENV PDMESH_HOST=0.0.0.0 PDMESH_PORT=50051 PDMESH_KV_HOST_GIB=1
+EXPOSE 50051
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["pdmesh", "health"]
+ENTRYPOINT ["python", "-m"]
+CMD ["kvstore"]
 
 # The CPU kernels, for every kind of processor that the image may meet: the worker's image has no compiler.
 FROM base AS kernels

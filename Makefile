@@ -12,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-transfer
+.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-tiers bench-transfer
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ bench-handoff: .venv/.installed  ## measure what handing a prompt over costs, be
 
 bench-transfer: .venv/.installed  ## measure every KV transport beside memcpy, a bare socket and a bare gRPC stream
 	@$(BIN)/python -m bench.transfer $(ARGS)
+
+bench-tiers: .venv/.installed  ## measure KV brought from host memory, disk and a shared store beside computing it
+	@$(BIN)/python -m bench.tiers $(ARGS)
 
 # A new pyproject.toml means a new install; pip does nothing where all is there. This torch goes first and exactly so:
 # pip then keeps the build that is installed, for CPU or CUDA, where a range could replace it.

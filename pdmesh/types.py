@@ -150,6 +150,8 @@ class Load:
     num_queued_tokens: int = 0
     num_blocks: int = 0
     num_free_blocks: int = 0
+    num_host_blocks: int = 0
+    num_disk_blocks: int = 0
 
     @classmethod
     def from_pb(cls, message: pb.Load) -> Load:

@@ -1,5 +1,7 @@
 """Is it cheaper to bring a prompt's KV from somewhere, or to compute it? Bytes, link speed and compute speed."""
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +14,8 @@ _COMPUTE_GUESS_S = 0.002
 _NEWEST = 0.3
 # Smaller ones say more of the machine's mood than of its speed.
 _MIN_BYTES = 1 << 20
+# For how long nothing is brought from where it failed: one prompt loses time there, not each that follows.
+SHUN_S = 10.0
 
 
 class Speeds:
@@ -19,11 +23,14 @@ class Speeds:
 
     Args:
         prefill_token_s: Seconds that a prompt token takes to compute; 0 where that is not known yet.
+        clock: Seconds, monotonic.
     """
 
-    def __init__(self, prefill_token_s: Callable[[], float]) -> None:
+    def __init__(self, prefill_token_s: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
         self._prefill_token_s = prefill_token_s
+        self._clock = clock
         self._bytes_per_s: dict[str, float] = {}
+        self._shunned_until: dict[str, float] = {}
 
     def note_load(self, origin: str, num_bytes: int, duration_s: float) -> None:
         """So much came from `origin`, one of HOST, DISK or a worker's id."""
@@ -33,10 +40,16 @@ class Speeds:
             before = self._bytes_per_s.get(origin)
             self._bytes_per_s[origin] = measured if before is None else before + _NEWEST * (measured - before)
 
+    def note_failure(self, origin: str) -> None:
+        """Nothing could be had from `origin`, or not in time."""
+        self._shunned_until[origin] = self._clock() + SHUN_S
+
     def load_s(self, origin: str, num_bytes: int) -> float:
-        """How long so many bytes from `origin` should take."""
+        """How long so many bytes from `origin` should take; infinite for a while after it failed."""
         if not num_bytes:
             return 0.0
+        if self._clock() < self._shunned_until.get(origin, -math.inf):
+            return math.inf
         delay_s, guess = _FIRST_GUESS.get(origin, _FIRST_GUESS[REMOTE])
         return delay_s + num_bytes / self._bytes_per_s.get(origin, guess)
 

@@ -44,7 +44,8 @@ class WorkerExchange:
         self.prefixes = Prefixes(engine, lambda: host.tiers, self._fetcher, speeds)
         putter = BlockPutter(host.worker_id, host.incarnation, self.senders, self.channels)
         self.feed = StoreFeed(engine, directory, putter)
-        servicer = FetchServicer(EngineShelf(engine, self.prefixes), host.incarnation, self.senders)
+        shelf = EngineShelf(engine, lambda: host.info.facts, self.prefixes)
+        servicer = FetchServicer(shelf, host.incarnation, self.senders)
         host.server.add(kv_blocks_pb2_grpc.add_KVBlocksServicer_to_server, servicer, SERVICE)
 
     async def start(self) -> None:

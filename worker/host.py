@@ -23,7 +23,7 @@ from kvstore.announcer import Announcer
 from kvstore.directory import Directory
 from kvstore.tiers.base import TierChange
 from kvstore.tiers.metrics import TierCollector
-from kvstore.tiers.stack import TierStack
+from kvstore.tiers.stack import TierStack, with_tiers
 from kvstore.transfer.journal import TransferJournal
 from pdmesh.errors import OverloadedError, PreconditionError, UnavailableError
 from pdmesh.metrics_server import MetricsServer
@@ -82,7 +82,10 @@ class WorkerHost:
         if self._info.state is WorkerState.LOADING:
             return self._info
         transports = ",".join(self.journal.transports_in_use())
-        return replace(self._info, load=self.engine.load(), kv_transports=transports)
+        load = self.engine.load()
+        if self.tiers is not None:
+            load = with_tiers(load, self.tiers.stats())
+        return replace(self._info, load=load, kv_transports=transports)
 
     @property
     def worker_id(self) -> str:

@@ -16,13 +16,17 @@ from engine.api import BlockLease, Engine
 from kvstore.exchange.fetching import BlockFetcher
 from kvstore.tiers.base import Tier
 from kvstore.tiers.stack import TierStack
-from pdmesh.errors import MeshError
+from pdmesh.errors import InvalidRequestError, MeshError, UnavailableError
 from pdmesh.hashing import BlockHash, block_hashes, root_hash
 from pdmesh.tasks import settled
 from pdmesh.types import KVSource
 from worker.costs import DISK, HOST, Speeds, cheapest
 
 log = logging.getLogger(__name__)
+
+# A source may take so many times as long as computing, and never less than this: then computing has long been better.
+_PATIENCE = 2.0
+_PATIENCE_S = 0.5
 
 _ORIGINS = {Tier.HOST: HOST, Tier.DISK: DISK}
 
@@ -123,10 +127,26 @@ class Prefixes:
 
         async def reserve(num_blocks: int) -> Sequence[int]:
             await self._engine.reserve(lease, num_blocks)
+            # From here on it is the source that is waited for.
+            compute_s = self._speeds.compute_s(num_blocks * self._engine.facts.block_size)
+            limit.reschedule(asyncio.get_running_loop().time() + max(_PATIENCE_S, _PATIENCE * compute_s))
             return lease.block_ids[num_held:]
 
         began = time.monotonic()
-        stats = await self._fetcher.fetch(source, self._engine.facts, hashes, num_held, reserve)
+        try:
+            async with asyncio.timeout(None) as limit:
+                stats = await self._fetcher.fetch(source, self._engine.facts, hashes, num_held, reserve)
+        except TimeoutError as error:
+            self._speeds.note_failure(source.worker_id)
+            raise UnavailableError(
+                f"{source.worker_id} sends slower than this worker computes", reason="SOURCE_SLOW", stage="transfer"
+            ) from error
+        except InvalidRequestError:
+            # This worker's own cache is too small: no fault of the source's.
+            raise
+        except MeshError:
+            self._speeds.note_failure(source.worker_id)
+            raise
         if stats is None:
             return
         block_ids = lease.block_ids[num_held:]

@@ -1,9 +1,10 @@
 """A worker's cache and tiers, as others fetch from them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.api import BlockLease, Engine
 from kvstore.transfer.base import BlockMemory
+from pdmesh.errors import UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import PairingFacts
 from worker.memory import EngineMemory
@@ -11,18 +12,27 @@ from worker.prefixes import Prefixes
 
 
 class EngineShelf:
-    """Implements kvstore.exchange.shelf.Shelf. What lies in a lower tier is brought into the cache first."""
+    """Implements kvstore.exchange.shelf.Shelf. What lies in a lower tier is brought into the cache first.
 
-    def __init__(self, engine: Engine, prefixes: Prefixes) -> None:
+    Args:
+        engine: Has the cache.
+        facts: The engine's; None while it loads, when nothing may be asked of it.
+        prefixes: Bring what lies lower.
+    """
+
+    def __init__(self, engine: Engine, facts: Callable[[], PairingFacts | None], prefixes: Prefixes) -> None:
         self._engine = engine
+        self._facts = facts
         self._prefixes = prefixes
         self.memory: BlockMemory = EngineMemory(engine)
 
     @property
-    def facts(self) -> PairingFacts:
-        return self._engine.facts
+    def facts(self) -> PairingFacts | None:
+        return self._facts()
 
     async def hold(self, hashes: Sequence[BlockHash]) -> "LeasedBlocks":
+        if self.facts is None:
+            raise UnavailableError("this worker loads its model and has no KV yet", reason="WORKER_LOADING")
         await self._prefixes.bring_blocks(hashes)
         lease = await self._engine.acquire_blocks(hashes)
         self.memory.to_host(lease.block_ids)

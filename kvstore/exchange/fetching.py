@@ -79,8 +79,7 @@ class BlockFetcher:
             offers=offers_to_pb(self._hub.offers),
         )
         try:
-            await stream.write(pb.FetchRequest(start=start))
-            stats = await self._receive(stream, source, request_id, hashes, num_held, reserve)
+            stats = await self._receive(stream, source, start, hashes, num_held, reserve)
         except BaseException:
             await stream.aclose()
             raise
@@ -98,22 +97,28 @@ class BlockFetcher:
         self,
         stream: ClientStream[pb.FetchRequest, pb.FetchResponse],
         source: KVSource,
-        request_id: str,
+        start: pb.FetchStart,
         hashes: Sequence[BlockHash],
         num_held: int,
         reserve: Callable[[int], Awaitable[Sequence[int]]],
     ) -> TransferStats | None:
         responses = stream.responses()
         try:
+            # Connecting included: a host that is gone lets nobody know.
             async with asyncio.timeout(FIND_TIMEOUT_S):
+                await stream.write(pb.FetchRequest(start=start))
                 found = (await anext(responses, pb.FetchResponse())).found
         except TimeoutError as error:
-            raise UnavailableError(f"{source.worker_id} did not answer in time", stage="transfer") from error
+            raise UnavailableError(
+                f"{source.worker_id} did not say within {FIND_TIMEOUT_S:g} s what it has", stage="transfer"
+            ) from error
         num_blocks = min(found.num_blocks, len(hashes))
         if num_blocks <= num_held:
             return None
         block_ids = await reserve(num_blocks - num_held)
-        expected = Expected(request_id, 0, source.worker_id, found.incarnation, block_ids, hashes[num_held:num_blocks])
+        expected = Expected(
+            start.request_id, 0, source.worker_id, found.incarnation, block_ids, hashes[num_held:num_blocks]
+        )
         receipt = Receipt(self._hub, self._journal)
 
         async def listen() -> None:

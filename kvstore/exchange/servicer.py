@@ -97,11 +97,13 @@ async def _listen(requests: AsyncIterator[pb.FetchRequest], shipment: Shipment) 
 
 
 def parse_hashes(packed: Sequence[bytes]) -> list[BlockHash]:
-    """Raises InvalidRequestError for what are no hashes, or too many."""
+    """Raises InvalidRequestError for what are no hashes, too many, or one twice."""
     if len(packed) > MAX_HASHES or any(len(block_hash) != HASH_BYTES for block_hash in packed):
         raise InvalidRequestError(
             f"block hashes are {HASH_BYTES} bytes each, and {MAX_HASHES} at most", stage="transfer"
         )
+    if len(set(packed)) < len(packed):
+        raise InvalidRequestError("a block stands in a prompt once: name each block hash once", stage="transfer")
     return [BlockHash(block_hash) for block_hash in packed]
 
 

@@ -111,9 +111,16 @@ class StoreBlocks:
     # Putting
 
     def lacking(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """Places of the blocks that no tier holds."""
-        held = self._stack
-        return [i for i, block_hash in enumerate(hashes) if not held.locate([block_hash])]
+        """Places of the blocks that no tier holds, as far as there is room beside those of the run that are held.
+
+        Those count as used now: without them, what is put behind them could not be found.
+        """
+        stack = self._stack
+        stack.touch(hashes)
+        lacking = [i for i, block_hash in enumerate(hashes) if not stack.locate([block_hash])]
+        if stack.disk is not None:
+            return lacking
+        return lacking[: max(0, stack.host.num_blocks - (len(hashes) - len(lacking)))]
 
     def reserve(self, num_blocks: int) -> list[int]:
         """Slots to receive into; fewer where others are being written or read. Commit or release each."""

@@ -18,6 +18,7 @@ from kvstore.store.config import StoreConfig
 from kvstore.store.servicer import PutServicer
 from kvstore.tiers.base import TierChange
 from kvstore.tiers.metrics import TierCollector
+from kvstore.tiers.stack import with_tiers
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import ReceiverHub
 from kvstore.transfer.senders import KVSenders
@@ -73,8 +74,9 @@ class StoreService:
         tiers = self.blocks.tiers
         if tiers is None:
             return self._info
-        host = tiers.stats()["host"]
-        load = Load(num_blocks=host.num_slots, num_free_blocks=host.num_slots - host.num_blocks)
+        stats = tiers.stats()
+        host = stats["host"]
+        load = with_tiers(Load(num_blocks=host.num_slots, num_free_blocks=host.num_slots - host.num_blocks), stats)
         transports = ",".join(self.journal.transports_in_use())
         return replace(self._info, facts=self.blocks.facts, load=load, kv_transports=transports)
 

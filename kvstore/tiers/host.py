@@ -170,6 +170,15 @@ class HostTier:
                 found[block_hash] = slot
         return found
 
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """Counts those that are held as used now; as with `unpin`, a run's first block is the last to be evicted."""
+        with self._lock:
+            for block_hash in reversed(hashes):
+                slot = self._index.get(block_hash)
+                if slot is not None:
+                    self._leave_order(slot)
+                    self._enter_order(slot)
+
     def unpin(self, slots: Sequence[int]) -> None:
         """Takes one pin from each slot. Raises InternalError for one that has none.
 

@@ -10,17 +10,25 @@ loses little. Where the disk falls behind by all of host memory, blocks are lost
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from kvstore.tiers.base import Listener, Tier, TierStats
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from pdmesh.hashing import BlockHash
+from pdmesh.types import Load
 
 log = logging.getLogger(__name__)
 
 # How long the end waits for reads and writes under way.
 _END_S = 0.5
+
+
+def with_tiers(load: Load, stats: Mapping[str, TierStats]) -> Load:
+    """`load`, and how many blocks the tiers hold, by `TierStack.stats`."""
+    held = {name: tier.num_blocks for name, tier in stats.items()}
+    return replace(load, num_host_blocks=held[Tier.HOST.value], num_disk_blocks=held.get(Tier.DISK.value, 0))
 
 
 class TierStack:
@@ -57,6 +65,12 @@ class TierStack:
             else:
                 break
         return tiers
+
+    def touch(self, hashes: Sequence[BlockHash]) -> None:
+        """Counts the blocks as used now, in every tier that holds them: others make room before they do."""
+        self.host.touch(hashes)
+        for block_hash in reversed(hashes):
+            self._touch_disk(block_hash)
 
     def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> int:
         """Fills the views with the blocks, first to last; returns how many are good. Blocks on I/O.

@@ -14,7 +14,7 @@ from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.client import Client
 from pdmesh.cluster_view import ServerInfo, WorkerView
 from pdmesh.config import option, parse
-from pdmesh.types import Role, WorkerState
+from pdmesh.types import Load, Role, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,8 @@ def _screen(address: str, status: _Status) -> Group:
 
 
 def _table(workers: Sequence[WorkerView]) -> Table:
-    table = plain_table(
-        "worker", "role", "state", "address", "model", "running", "waiting", "free blocks", "KV over", "seen", ""
-    )
+    load_columns = ("running", "waiting", "free blocks", "KV kept")
+    table = plain_table("worker", "role", "state", "address", "model", *load_columns, "KV over", "seen", "")
     for view in sorted(workers, key=lambda view: (view.info.role.value, view.info.worker_id)):
         info, load = view.info, view.info.load
         is_store = info.role is Role.STORE
@@ -69,11 +68,17 @@ def _table(workers: Sequence[WorkerView]) -> Table:
             "" if is_store else str(load.num_running),
             "" if is_store else str(load.num_waiting),
             f"{load.num_free_blocks} of {load.num_blocks}" if load.num_blocks else "",
+            _kept(load),
             info.kv_transports.replace(",", ", "),
             f"{view.age_s:.1f} s ago",
             Text(f"{lacking}: {view.excluded_because}" if view.excluded_because else "", "yellow"),
         )
     return table
+
+
+def _kept(load: Load) -> str:
+    places = ((load.num_host_blocks, "in memory"), (load.num_disk_blocks, "on disk"))
+    return ", ".join(f"{num_blocks} {where}" for num_blocks, where in places if num_blocks)
 
 
 def _state(view: WorkerView) -> Text:

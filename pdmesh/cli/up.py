@@ -21,13 +21,14 @@ from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.config import parse
 from pdmesh.local.cluster import LocalCluster, WorkerProcess
 from pdmesh.local.config import LocalConfig
+from pdmesh.types import Role
 
 T = TypeVar("T")
 
 _DESCRIPTION = (
-    "Runs a router, prefill and decode workers and, unless a Redis is named, an embedded Valkey. Ctrl-C ends them all. "
-    "Settings of the services that are not listed here pass through as their PDMESH_* variables; "
-    "`python -m decode --help` names them."
+    "Runs a router, prefill and decode workers, stores of KV where wanted and, unless a Redis is named, an embedded "
+    "Valkey. Ctrl-C ends them all. Settings of the services that are not listed here pass through as their PDMESH_* "
+    "variables; `python -m decode --help` names them."
 )
 
 
@@ -107,7 +108,7 @@ def _screen(cluster: LocalCluster, workers: list[WorkerProcess], seconds: float)
 
 
 def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
-    table = plain_table("worker", "role", "pid", "address", "model", "dtype", "KV blocks", "threads")
+    table = plain_table("worker", "role", "pid", "address", "model", "dtype", "KV blocks", "threads", "KV kept")
     threads = str(cluster.config.threads_per_worker)
     for worker in workers:
         info = worker.info
@@ -120,13 +121,23 @@ def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
             info.model.name if info.model else "",
             info.facts.dtype if info.facts else "",
             f"{info.load.num_blocks} × {info.facts.block_size} tokens" if info.facts else "",
-            threads,
+            "" if info.role is Role.STORE else threads,
+            _kept(cluster.config, info.role),
         )
     addresses = {"router": cluster.address, "valkey": cluster.redis_url}
     for child in cluster.children:
         if child.name in addresses:
             table.add_row(child.name, child.name, str(child.pid), addresses[child.name])
     return table
+
+
+def _kept(config: LocalConfig, role: Role) -> str:
+    """How much KV a worker keeps beside its cache, or a store."""
+    is_store = role is Role.STORE
+    host_gib = config.store_host_gib if is_store else config.kv_host_gib
+    disk_gib = config.store_disk_gib if is_store else config.kv_disk_gib
+    sizes = ((host_gib, "memory"), (disk_gib, "disk"))
+    return ", ".join(f"{size:g} GiB {where}" for size, where in sizes if size)
 
 
 def _own_command() -> str:

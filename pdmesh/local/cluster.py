@@ -36,7 +36,7 @@ _STEADY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """One worker of ours. `info` is None until the router knows it."""
+    """One worker or store of ours. `info` is None until the router knows it."""
 
     worker_id: str
     pid: int | None
@@ -68,14 +68,20 @@ class LocalCluster:
         self._valkey = ChildProcess(commands.valkey, self.run_dir) if commands.valkey else None
         self._router = ChildProcess(commands.router, self.run_dir)
         self._workers = {name: ChildProcess(spec, self.run_dir) for name, spec in commands.workers.items()}
+        self._stores = {name: ChildProcess(spec, self.run_dir) for name, spec in commands.stores.items()}
 
     @property
     def children(self) -> list[ChildProcess]:
-        """Valkey first, then the router, then the workers."""
-        return [*([self._valkey] if self._valkey else []), self._router, *self._workers.values()]
+        """Valkey first, then the router, then the workers, then the stores."""
+        return [*([self._valkey] if self._valkey else []), self._router, *self._members.values()]
+
+    @property
+    def _members(self) -> dict[str, ChildProcess]:
+        """Whoever registers in the directory and can be drained."""
+        return {**self._workers, **self._stores}
 
     async def start(self, on_progress: Callable[[list[WorkerProcess]], None]) -> list[WorkerProcess]:
-        """Returns when requests are served by all workers. Raises ConfigError where a process ends before that."""
+        """Returns when all workers and stores serve. Raises ConfigError where a process ends before that."""
         for child in self.children:
             await child.start()
         ends = {asyncio.create_task(child.wait()): child for child in self.children}
@@ -106,7 +112,7 @@ class LocalCluster:
             # The router does not listen yet. If it never does, its process ends, and that is seen.
             views = ()
         infos = {view.info.worker_id: view.info for view in views}
-        return [WorkerProcess(name, child.pid, infos.get(name)) for name, child in self._workers.items()]
+        return [WorkerProcess(name, child.pid, infos.get(name)) for name, child in self._members.items()]
 
     async def watch(self) -> None:
         """Starts again what ends, until cancelled; returns if all workers were drained."""
@@ -121,7 +127,7 @@ class LocalCluster:
         delay_s = _FIRST_RESTART_S
         while True:
             exit_code = await child.wait()
-            if exit_code == 0 and child.name in self._workers:
+            if exit_code == 0 and child.name in self._members:
                 self._report(f"{child.name} was drained and left")
                 return
             if time.monotonic() - child.started_at > _STEADY_S:
@@ -136,12 +142,13 @@ class LocalCluster:
     async def stop(self) -> None:
         """Lets running requests end, for `drain_s` at most, and ends every process. Idempotent; cancelling is safe.
 
-        The router goes first, so that requests end where they run before their workers do.
+        The router goes first, so that requests end where they run before their workers do; the stores go after these.
         """
         grace_s = self.config.drain_s + _STOP_MARGIN_S
         try:
             await self._router.stop(grace_s)
             await asyncio.gather(*(child.stop(grace_s) for child in self._workers.values()))
+            await asyncio.gather(*(child.stop(grace_s) for child in self._stores.values()))
             if self._valkey is not None:
                 await self._valkey.stop(_STOP_MARGIN_S)
         finally:

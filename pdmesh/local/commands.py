@@ -19,12 +19,13 @@ _MAX_SOCKET_PATH_BYTES = 100
 
 @dataclass(frozen=True, slots=True)
 class ClusterCommands:
-    """What to run: `workers` by worker id; `valkey` is None where the operator named a Redis."""
+    """What to run: `workers` and `stores` by id; `valkey` is None where the operator named a Redis."""
 
     redis_url: str
     valkey: ChildSpec | None
     router: ChildSpec
     workers: dict[str, ChildSpec]
+    stores: dict[str, ChildSpec]
 
 
 def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> ClusterCommands:
@@ -43,16 +44,22 @@ def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> Cl
         *("router", config.model, "--host", config.host, "--port", str(router_port)),
         *(*common, *_metrics(config, 0), *_hand_off(config)),
     )
-    worker_ids = [
-        (role, f"{role.value}-{number}{suffix}")
-        for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode))
+    names = [
+        (role, f"{role.value}-{number}")
+        for role, count in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode), (Role.STORE, config.stores))
         for number in range(count)
     ]
-    workers = {
-        worker_id: _service(worker_id, (*_worker_arguments(config, role, worker_id), *common, *_metrics(config, place)))
-        for place, (role, worker_id) in enumerate(worker_ids, start=1)
-    }
-    return ClusterCommands(redis_url, valkey, _service("router", router), workers)
+    workers: dict[str, ChildSpec] = {}
+    stores: dict[str, ChildSpec] = {}
+    for place, (role, name) in enumerate(names, start=1):
+        member_id = name + suffix
+        if role is Role.STORE:
+            members, arguments = stores, _store_arguments(config, member_id)
+        else:
+            members, arguments = workers, _worker_arguments(config, role, member_id)
+        arguments = (*arguments, *_tiers(config, role, name), *common, *_metrics(config, place))
+        members[member_id] = _service(member_id, arguments)
+    return ClusterCommands(redis_url, valkey, _service("router", router), workers, stores)
 
 
 def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[str, ...]:
@@ -64,6 +71,21 @@ def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[
         arguments += ["--max-model-len", str(config.max_model_len)]
     if role is Role.DECODE:
         arguments += [*_transports(config), *_hand_off(config)]
+    return tuple(arguments)
+
+
+def _store_arguments(config: LocalConfig, store_id: str) -> tuple[str, ...]:
+    return ("kvstore", "--store-id", store_id, "--host", "127.0.0.1", "--port", "0", *_transports(config))
+
+
+def _tiers(config: LocalConfig, role: Role, name: str) -> tuple[str, ...]:
+    """How much this worker or store keeps in host memory and on disk, there in a directory named for it."""
+    is_store = role is Role.STORE
+    host_gib = config.store_host_gib if is_store else config.kv_host_gib
+    disk_gib = config.store_disk_gib if is_store else config.kv_disk_gib
+    arguments = ["--kv-host-gib", str(host_gib), "--kv-disk-gib", str(disk_gib)]
+    if config.kv_disk_dir is not None and disk_gib > 0:
+        arguments += ["--kv-disk-dir", str(Path(config.kv_disk_dir).expanduser().resolve() / name)]
     return tuple(arguments)
 
 

@@ -17,6 +17,7 @@ class LocalConfig:
     model: str = option("Hugging Face model directory, .gguf file or Hub id", positional=True)
     prefill: int = option("prefill workers", default=1)
     decode: int = option("decode workers", default=1)
+    stores: int = option("stores that keep KV for all workers", default=0)
     host: str = option("address that the router listens on", default="127.0.0.1")
     port: int = option("port that the router listens on; 0 takes a free one", default=50051)
     metrics_port: int = option(
@@ -32,6 +33,13 @@ class LocalConfig:
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
     num_threads: int | None = option("CPU threads of each worker; default: the cores, divided", default=None)
     kv_cache_bytes: int | None = option("bytes of KV cache of each worker; default: theirs", default=None)
+    kv_host_gib: float = option("GiB of host memory of each worker for KV that left its cache; 0: none", default=0.0)
+    kv_disk_gib: float = option("GiB of disk of each worker below that; 0: none", default=0.0)
+    store_host_gib: float = option("GiB of host memory of each store", default=1.0)
+    store_disk_gib: float = option("GiB of disk of each store below that; 0: none", default=0.0)
+    kv_disk_dir: str | None = option(
+        "directory for KV on disk, in which each worker and store gets one of its own", default=None
+    )
     max_model_len: int | None = option("most tokens of a request; default: the model's", default=None)
     transports: str | None = option("transports that KV may take, best first; default: all", default=None)
     short_prefill_tokens: int | None = option(
@@ -46,14 +54,22 @@ class LocalConfig:
             raise ConfigError(f"--prefill is {self.prefill}: must not be negative")
         if self.decode < 1:
             raise ConfigError(f"--decode is {self.decode}: a cluster needs at least one decode worker")
+        if self.stores < 0:
+            raise ConfigError(f"--stores is {self.stores}: must not be negative")
+        if (self.kv_disk_dir is not None) != (self.kv_disk_gib > 0 or (self.stores > 0 and self.store_disk_gib > 0)):
+            raise ConfigError(
+                "--kv-disk-dir says where, --kv-disk-gib and --store-disk-gib how much each worker and store keeps on "
+                "disk: give a size and the directory, or none of them"
+            )
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"--num-threads is {self.num_threads}: must be at least 1")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}: must lie in [0, 65535]")
-        if not 0 <= self.metrics_port <= 65535 - self.prefill - self.decode:
+        num_members = self.prefill + self.decode + self.stores
+        if not 0 <= self.metrics_port <= 65535 - num_members:
             raise ConfigError(
-                f"--metrics-port is {self.metrics_port}: it and {self.prefill + self.decode} ports after it, one for "
-                "each worker, must lie in [0, 65535]"
+                f"--metrics-port is {self.metrics_port}: it and {num_members} ports after it, one for each worker and "
+                "store, must lie in [0, 65535]"
             )
         if self.drain_s < 0:
             raise ConfigError(f"--drain-s is {self.drain_s}: must not be negative")

@@ -420,6 +420,8 @@ class Load(_message.Message):
     NUM_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DISK_BLOCKS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     num_queued_tokens: _builtins.int
@@ -427,6 +429,9 @@ class Load(_message.Message):
     num_blocks: _builtins.int
     num_free_blocks: _builtins.int
     """Neither referenced by a request nor leased (cached content may still lie in them)."""
+    num_host_blocks: _builtins.int
+    """KV blocks kept beside the cache, or by a store: in host memory and on disk. One may lie in both."""
+    num_disk_blocks: _builtins.int
     def __init__(
         self,
         *,
@@ -435,10 +440,12 @@ class Load(_message.Message):
         num_queued_tokens: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
         num_free_blocks: _builtins.int = ...,
+        num_host_blocks: _builtins.int = ...,
+        num_disk_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_queued_tokens", b"num_queued_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_disk_blocks", b"num_disk_blocks", "num_free_blocks", b"num_free_blocks", "num_host_blocks", b"num_host_blocks", "num_queued_tokens", b"num_queued_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

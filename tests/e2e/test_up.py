@@ -101,6 +101,37 @@ def test_it_serves_mends_itself_and_leaves_nothing(
         assert_gone(family)
 
 
+def test_stores_and_tiers_show_what_they_keep(
+    tiny_model: Path, tmp_path: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    flags = ("--stores", "1", "--store-host-gib", "0.01", "--kv-host-gib", "0.01", "--kv-disk-gib", "0.02")
+    with up(tiny_model, unused_tcp_port, environment, *flags, "--kv-disk-dir", str(tmp_path / "kv")) as running:
+        screen = "".join(running.lines_until("Ctrl-C"))
+        for word in ("store-0", "0.01 GiB memory, 0.02 GiB disk"):
+            assert word in screen
+        family = running.family()
+        with Client(running.address) as client:
+            client.generate(tokens=[1 + i % 200 for i in range(200)], max_tokens=2)
+            assert _held_by_store(client) == 200 // 16
+            command = [*PDMESH, "status", "--address", running.address]
+            status = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            assert "12 in memory" in status
+        assert {path.name for path in (tmp_path / "kv").iterdir()} == {"prefill-0", "decode-0"}
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(_END_TIMEOUT_S) == 0
+        assert_gone(family)
+
+
+def _held_by_store(client: Client) -> int:
+    """Blocks that the store has, once it has any."""
+    for _ in range(100):
+        loads = [view.info.load for view in client.workers() if view.info.worker_id == "store-0"]
+        if loads and loads[0].num_host_blocks:
+            return loads[0].num_host_blocks
+        time.sleep(0.1)
+    return 0
+
+
 def _generates_again(client: Client, old_incarnation: str) -> bool:
     """Whether the decode worker's successor answers, in the time that its start may take."""
     for _ in range(600):

@@ -60,6 +60,44 @@ def test_each_process_serves_its_metrics_on_a_port_of_its_own(tmp_path: Path) ->
     assert ports(0) == ["0"] * 4
 
 
+def test_stores_and_tiers_of_which_each_has_its_own(tmp_path: Path) -> None:
+    config = LocalConfig(
+        model="m", stores=2, transports="tcp", metrics_port=9100, redis_url="redis://r:1",
+        kv_host_gib=0.5, kv_disk_gib=2, store_host_gib=3, store_disk_gib=4, kv_disk_dir=str(tmp_path / "kv"),
+    )  # fmt: skip
+    commands = cluster_commands(config, 1, tmp_path)
+    places = []
+    for name, spec in {**commands.workers, **commands.stores}.items():
+        is_store = name in commands.stores
+        assert argument(spec.command, "--kv-host-gib") == ("3" if is_store else "0.5")
+        assert argument(spec.command, "--kv-disk-gib") == ("4" if is_store else "2")
+        places.append(argument(spec.command, "--kv-disk-dir"))
+    # The same at every start, on a Redis that others use too: what lies there is found again.
+    assert places == [str(tmp_path / "kv" / name) for name in ("prefill-0", "decode-0", "store-0", "store-1")]
+    for number, (name, spec) in enumerate(commands.stores.items()):
+        assert spec.command[3] == "kvstore"
+        assert argument(spec.command, "--store-id") == name
+        assert name.startswith(f"store-{number}-")
+        assert argument(spec.command, "--transports") == "tcp"
+        assert argument(spec.command, "--metrics-port") == str(9103 + number)
+
+
+def test_nothing_is_kept_and_no_store_runs_unless_asked(tmp_path: Path) -> None:
+    commands = cluster_commands(LocalConfig(model="m"), 1, tmp_path)
+    assert commands.stores == {}
+    for spec in commands.workers.values():
+        assert argument(spec.command, "--kv-host-gib") == argument(spec.command, "--kv-disk-gib") == "0.0"
+        assert "--kv-disk-dir" not in spec.command
+
+
+@pytest.mark.parametrize(
+    "values", [{"kv_disk_gib": 1.0}, {"stores": 1, "store_disk_gib": 1.0}, {"kv_disk_dir": "d"}], ids=str
+)
+def test_a_size_on_disk_without_a_directory_or_the_reverse(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="--kv-disk-dir says where"):
+        LocalConfig(model="m", **values)  # type: ignore[arg-type]
+
+
 def test_a_socket_path_that_no_socket_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shorter --run-dir"):
         cluster_commands(LocalConfig(model="m"), 1, tmp_path / ("x" * 100))
@@ -73,7 +111,15 @@ def test_cores_are_divided_among_workers() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"decode": 0}, {"prefill": -1}, {"num_threads": 0}, {"port": 65536}, {"metrics_port": 65534}, {"drain_s": -1.0}],
+    [
+        {"decode": 0},
+        {"prefill": -1},
+        {"stores": -1},
+        {"num_threads": 0},
+        {"port": 65536},
+        {"metrics_port": 65534},
+        {"drain_s": -1.0},
+    ],
     ids=str,
 )
 def test_values_that_make_no_sense(values: dict[str, int]) -> None:
