@@ -4,9 +4,9 @@
                                  of the body, which describes the memory (nixl)
                          OPEN    body: PushOpen, serialized
                          PART    first, count: blocks by their place in the ticket; block_hash: of the last of them;
-                                 body: their bytes, end to end, and after it their CRC32C, 4 bytes (tcp); or where
-                                 each block begins in the sender's memory, 8 bytes a block, the CRC32C of their bytes
-                                 in the header (shm, nixl)
+                                 body: their bytes, end to end (tcp), or where each block begins in the sender's
+                                 memory, 8 bytes a block (shm, nixl); after the body, the CRC32C of the blocks' bytes,
+                                 4 bytes
                          FINISH  count: parts sent; num_bytes: of all parts (no body)
     receiver -> sender   ACK     count and num_bytes: of the parts so far, all verified (no body); after OPEN and FINISH
                          NACK    body: class name of the error, its reason, its message, by newlines
@@ -26,7 +26,7 @@ MAGIC = 0x564B4450  # "PDKV"
 VERSION = 2
 MAX_CONTROL_BYTES = 4096
 
-_HEADER = struct.Struct("<IBBxxIIIQ16s")
+_HEADER = struct.Struct("<IBBxxIIQ16s")
 HEADER_BYTES = _HEADER.size
 
 
@@ -46,19 +46,16 @@ class Frame:
     type: FrameType
     first: int = 0
     count: int = 0
-    crc32c: int = 0
     num_bytes: int = 0
     block_hash: bytes = bytes(HASH_BYTES)
 
     def pack(self) -> bytes:
-        return _HEADER.pack(
-            MAGIC, VERSION, self.type, self.first, self.count, self.crc32c, self.num_bytes, self.block_hash
-        )
+        return _HEADER.pack(MAGIC, VERSION, self.type, self.first, self.count, self.num_bytes, self.block_hash)
 
     @classmethod
     def parse(cls, header: bytes | bytearray | memoryview) -> "Frame":
         """Raises CorruptionError for what is no frame of ours, or has a body larger than its type allows."""
-        magic, version, kind, first, count, crc, num_bytes, block_hash = _HEADER.unpack(header)
+        magic, version, kind, first, count, num_bytes, block_hash = _HEADER.unpack(header)
         if magic != MAGIC or version != VERSION:
             raise CorruptionError(
                 f"not a KV transfer of version {VERSION}: header {bytes(header[:8]).hex()}",
@@ -66,7 +63,7 @@ class Frame:
                 stage="transfer",
             )
         try:
-            frame = cls(FrameType(kind), first, count, crc, num_bytes, block_hash)
+            frame = cls(FrameType(kind), first, count, num_bytes, block_hash)
         except ValueError as error:
             raise CorruptionError(f"unknown frame type {kind}", reason="KV_PROTOCOL", stage="transfer") from error
         if frame.type in (FrameType.OPEN, FrameType.NACK) and num_bytes > MAX_CONTROL_BYTES:

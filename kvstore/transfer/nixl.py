@@ -103,7 +103,7 @@ class _NixlTaker:
                 self._peer, places, block_bytes, lambda: incoming.state is TransferState.RECEIVING
             ) as staged,
         ):
-            check_crc(frame, crc32c([staged]), frame.crc32c)
+            check_crc(self._connection, frame, crc32c([staged]))
             blocks = np.frombuffer(staged, np.uint8).reshape(frame.count, block_bytes)
             for block, block_id in zip(blocks, incoming.block_ids[frame.first :], strict=False):
                 np.copyto(np.frombuffer(self._memory.view(block_id), np.uint8), block)

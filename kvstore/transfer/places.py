@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kvstore.transfer.base import BlockMemory, crc32c
 from kvstore.transfer.connection import Connection
 from kvstore.transfer.frames import Frame, FrameType
-from kvstore.transfer.tcp import check_part
+from kvstore.transfer.tcp import check_part, send_crc
 from pdmesh.errors import CorruptionError
 from pdmesh.hashing import BlockHash
 
@@ -23,10 +23,11 @@ def send_places(
 ) -> int:
     """Sends a PART; block i of `memory` begins at i times a block's bytes. Returns the bytes of its blocks."""
     block_bytes = memory.block_bytes
-    crc = crc32c([memory.view(block_id) for block_id in block_ids])
     places = struct.pack(f"<{len(block_ids)}Q", *(block_id * block_bytes for block_id in block_ids))
-    frame = Frame(FrameType.PART, first, len(block_ids), crc, len(places), block_hash)
+    frame = Frame(FrameType.PART, first, len(block_ids), len(places), block_hash)
     connection.send([frame.pack(), places])
+    # While the receiver copies.
+    send_crc(connection, crc32c([memory.view(block_id) for block_id in block_ids]))
     return len(block_ids) * block_bytes
 
 

@@ -32,8 +32,8 @@ from pdmesh.errors import CorruptionError, TicketError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import MemoryFile
 
-# The receiver copies one part while the sender computes the checksum of the next.
-TARGET_PART_BYTES = 4 * 1024 * 1024
+# The receiver copies a part while the sender computes its checksum; then each waits for the other.
+TARGET_PART_BYTES = 8 * 1024 * 1024
 # Linux; from sys/socket.h, for names that are not files (unix(7)).
 _ABSTRACT = "\0pdmesh-kv/"
 
@@ -124,7 +124,7 @@ class _ShmTaker:
                 np.copyto(np.frombuffer(view, np.uint8), self._lent[place : place + block_bytes])
                 # While the copy is in the processor's cache.
                 crc = crc32c([view], crc)
-            check_crc(frame, crc, frame.crc32c)
+            check_crc(self._connection, frame, crc)
 
     def close(self) -> None:
         self._lent = None

@@ -64,7 +64,7 @@ class _TcpTaker:
             for views in _pieces(self._memory, incoming.block_ids[frame.first :][: frame.count]):
                 self._connection.receive(views)
                 crc = crc32c(views, crc)
-            check_crc(frame, crc, *_TRAILER.unpack(self._connection.receive_body(_TRAILER.size)))
+            check_crc(self._connection, frame, crc)
 
     def close(self) -> None:
         """Nothing to do: the connection is not ours."""
@@ -114,9 +114,14 @@ def check_part(frame: Frame, block_bytes: int, *, body_bytes: int) -> int:
     return frame.count * block_bytes
 
 
-def check_crc(frame: Frame, crc: int, expected: int) -> None:
-    """Raises CorruptionError unless a PART's blocks have the checksum that the sender says."""
-    if crc != expected:
+def send_crc(connection: Connection, crc: int) -> None:
+    """Ends a PART: the checksum of its blocks' bytes."""
+    connection.send([_TRAILER.pack(crc)])
+
+
+def check_crc(connection: Connection, frame: Frame, crc: int) -> None:
+    """Reads the end of a PART. Raises CorruptionError unless `crc` is what the sender says there."""
+    if _TRAILER.unpack(connection.receive_body(_TRAILER.size)) != (crc,):
         raise CorruptionError(
             f"blocks {frame.first} to {frame.first + frame.count - 1} fail their checksum", stage="transfer"
         )
@@ -143,7 +148,7 @@ class TcpLink:
             crc = crc32c(views, crc)
             connection.send([ahead, *views])
             ahead = b""
-        connection.send([_TRAILER.pack(crc)])
+        send_crc(connection, crc)
         return num_bytes
 
 

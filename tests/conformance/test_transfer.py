@@ -220,6 +220,8 @@ async def test_a_refused_sender_is_told_before_it_has_sent_everything(transport:
         aclosing(ends.expect([0])) as incoming,
         FaultProxy(ends.address) as proxy,
     ):
+        # So that what is told has time to come back.
+        proxy.bytes_per_s = 2e8
         with pytest.raises((CorruptionError, UnavailableError)) as told:
             await send_all(ends.sender(incoming.grant, via=proxy.address), 64)
         assert_told(told.value, transport, "KV_OUT_OF_RANGE")

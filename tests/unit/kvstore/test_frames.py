@@ -11,13 +11,13 @@ UINT32 = st.integers(0, 2**32 - 1)
 
 
 @given(
-    st.sampled_from(FrameType), UINT32, UINT32, UINT32, st.integers(0, MAX_CONTROL_BYTES),
+    st.sampled_from(FrameType), UINT32, UINT32, st.integers(0, MAX_CONTROL_BYTES),
     st.binary(min_size=16, max_size=16),
 )  # fmt: skip
 def test_a_header_is_read_as_it_was_written(
-    kind: FrameType, first: int, count: int, crc: int, num_bytes: int, block_hash: bytes
+    kind: FrameType, first: int, count: int, num_bytes: int, block_hash: bytes
 ) -> None:
-    frame = Frame(kind, first, count, crc, num_bytes, block_hash)
+    frame = Frame(kind, first, count, num_bytes, block_hash)
     assert len(frame.pack()) == HEADER_BYTES
     assert Frame.parse(frame.pack()) == frame
 

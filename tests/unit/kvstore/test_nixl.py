@@ -106,7 +106,7 @@ async def open_by_hand(grant: Grant, description: bytes) -> asyncio.StreamWriter
 
 def write_part(writer: asyncio.StreamWriter, first: int, crc: int) -> None:
     """One block of a MiB, at the beginning of the lent memory."""
-    writer.write(Frame(FrameType.PART, first, 1, crc, 8, hash_of(first)).pack() + bytes(8))
+    writer.write(Frame(FrameType.PART, first, 1, 8, hash_of(first)).pack() + bytes(8) + crc.to_bytes(4, "little"))
 
 
 async def give_up(reader: RemoteReader, peer: Peer) -> None:
