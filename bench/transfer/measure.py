@@ -20,6 +20,7 @@ from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID, hashes, new
 from kvstore.transfer.base import Grant
 from kvstore.transfer.senders import TRANSPORTS, KVSenders
 from pdmesh.channels import ChannelPool
+from pdmesh.kv_memory import private_memory
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 1 << 30
@@ -90,7 +91,7 @@ async def measure(
         small: Blocks of each, by name.
         on_round: Told as each round begins; round 0 warms up.
     """
-    memory = PlainMemory(num_blocks, block_bytes)
+    memory = PlainMemory(num_blocks, block_bytes, lend=True)
     async with contextlib.AsyncExitStack() as stack:
         receiver = await stack.enter_async_context(_receiver(memory))
         ways = await _ways(stack, receiver, memory)
@@ -119,7 +120,7 @@ async def _ways(stack: contextlib.AsyncExitStack, receiver: Receiver, memory: Pl
     stack.push_async_callback(channels.aclose)
     senders = KVSenders(memory, INCARNATION, channels.get, new_journal())
     stack.push_async_callback(senders.aclose)
-    copy = np.zeros(memory.num_blocks * memory.block_bytes, np.uint8)
+    copy = np.frombuffer(private_memory(memory.num_blocks * memory.block_bytes), np.uint8)
 
     async def memcpy(num_blocks: int) -> float:
         num_bytes = num_blocks * memory.block_bytes

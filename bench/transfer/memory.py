@@ -3,16 +3,24 @@
 import mmap
 from collections.abc import Sequence
 
-from pdmesh.kv_memory import shared_memory
+from pdmesh.kv_memory import private_memory, shared_memory
+from pdmesh.types import MemoryFile
 
 
 class PlainMemory:
-    """Implements BlockMemory over pages of this process, all of them written once, as a worker's in use are."""
+    """Implements BlockMemory over pages of this process, all of them written once, as a worker's in use are.
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    With `lend`, they are a prefill worker's, which others may be lent; else a decode worker's.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int, *, lend: bool) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        self.bytes, self.file = shared_memory(num_blocks * block_bytes)
+        self.file: MemoryFile | None = None
+        if lend:
+            self.bytes, self.file = shared_memory(num_blocks * block_bytes)
+        else:
+            self.bytes = private_memory(num_blocks * block_bytes)
         for start in range(0, len(self.bytes), mmap.PAGESIZE):
             self.bytes[start] = start % 251
 

@@ -84,7 +84,7 @@ def _reply(reply: dict[str, Any]) -> None:
 
 
 async def _main(num_blocks: int, block_bytes: int) -> None:
-    await _Receiving(PlainMemory(num_blocks, block_bytes)).serve()
+    await _Receiving(PlainMemory(num_blocks, block_bytes, lend=False)).serve()
 
 
 if __name__ == "__main__":
