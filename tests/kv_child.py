@@ -17,7 +17,7 @@ from enum import StrEnum
 
 from kvstore.transfer.base import Grant
 from kvstore.transfer.connection import Connection
-from kvstore.transfer.frames import HEADER_BYTES, Frame, FrameType
+from kvstore.transfer.frames import HEADER_BYTES, MAGIC, Frame, FrameType
 from kvstore.transfer.grpc_transport import GrpcSender
 from kvstore.transfer.receiver import ReceiverHub
 from kvstore.transfer.senders import KVSenders
@@ -30,6 +30,9 @@ from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, SENDER_ID, BytesM
 NUM_BLOCKS = 4
 BLOCK_BYTES = 512 * 1024
 SEED = 1
+
+
+_MAGIC = MAGIC.to_bytes(4, "little")
 
 
 class Point(StrEnum):
@@ -60,7 +63,8 @@ def stop_in_frames(point: Point) -> None:
     def send_and_stop(self: Connection, pieces: "list[memoryview | bytes]") -> None:
         nonlocal num_parts
         data = b"".join(pieces)
-        kind = Frame.parse(data[:HEADER_BYTES]).type if len(data) >= HEADER_BYTES else None
+        # A part's bytes come in several calls, the first with its header.
+        kind = Frame.parse(data[:HEADER_BYTES]).type if data[:4] == _MAGIC and len(data) >= HEADER_BYTES else None
         num_parts += kind is FrameType.PART
         if (point, kind) == (Point.OPENING, FrameType.OPEN) or (
             (point, kind, num_parts) == (Point.WITHIN_PART, FrameType.PART, 2)

@@ -38,6 +38,7 @@ class Breaking:
             return send_part(this, connection, first, block_ids, block_hash)  # type: ignore[arg-type]
 
         monkeypatch.setattr(link, "send_part", sabotaged)
+        monkeypatch.setattr(link, "blocks_per_part", 4)
 
 
 async def expected(model: Path) -> tuple[int, ...]:
