@@ -89,6 +89,8 @@ class FaultProxy:
         finally:
             back.cancel()
             await asyncio.gather(back, return_exceptions=True)
+            for side in (writer, up_writer):
+                side.close()
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up_writer: asyncio.StreamWriter
