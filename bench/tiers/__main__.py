@@ -68,7 +68,7 @@ def table(ways: dict[str, dict[str, Any]], dtype: str) -> Table:
     )
     result = Table(title=title, title_justify="left")
     result.add_column("KV brought from")
-    for column in ("brought p50 (p90), ms", "computed p50 (p90), ms", "brought / computed", "wanted", "times"):
+    for column in ("ms, p50 (p90)", "computed", "ratio", "wanted", "proven"):
         result.add_column(column, justify="right")
     for name, way in ways.items():
         result.add_row(
@@ -77,7 +77,7 @@ def table(ways: dict[str, dict[str, Any]], dtype: str) -> Table:
             _times(way["computed_ms"]),
             f"[{'green' if way['met'] else 'red'}]{way['ratio']:.2f}[/]",
             f"≤ {way['wanted']:g}",
-            f"{way['brought_ms']['num']} proven, {way['num_unproven']} not",
+            f"{way['brought_ms']['num']} of {way['brought_ms']['num'] + way['num_unproven']}",
         )
     return result
 

@@ -1,10 +1,11 @@
-"""What the processes of a cluster say of the KV that they gave and took, read from their /metrics."""
+"""What the processes of a cluster say of the KV that they gave and took, and the system of what they read from disk."""
 
 import asyncio
 import socket
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -15,7 +16,10 @@ _NUM_EQUAL = 4
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of one process since its start, or between two readings: blocks given by each tier and stored in it, KV bytes."""
+    """Of one process since its start, or between two readings: blocks given by each tier and stored in it, KV bytes.
+
+    `device_bytes` were read from a disk, by the system's count: what lay in its page cache is not among them.
+    """
 
     host_hits: int = 0
     disk_hits: int = 0
@@ -23,9 +27,18 @@ class Counts:
     disk_stored: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    device_bytes: int = 0
 
     def since(self, before: "Counts") -> "Counts":
         return Counts(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One to ask: the port of its /metrics."""
+
+    pid: int
+    port: int
 
 
 # Metric, the label that tells, its value: our field.
@@ -52,25 +65,32 @@ def parse(text: str) -> Counts:
     return Counts(**found)
 
 
-async def settled(ports: Mapping[str, int], timeout_s: float = 30.0) -> dict[str, Counts]:
+def read_from_device(proc_io: str) -> int:
+    """Of what /proc/PID/io says, the bytes that came from a disk."""
+    lines = dict(line.split(": ") for line in proc_io.splitlines())
+    return int(lines["read_bytes"])
+
+
+async def settled(processes: Mapping[str, Process], timeout_s: float = 30.0) -> dict[str, Counts]:
     """The counts of every process, by name, once they stand still. Raises TimeoutError where they do not."""
     async with asyncio.timeout(timeout_s):
-        last, num_equal = await _read(ports), 1
+        last, num_equal = await _read(processes), 1
         while num_equal < _NUM_EQUAL:
             await asyncio.sleep(_POLL_S)
-            now = await _read(ports)
+            now = await _read(processes)
             last, num_equal = now, num_equal + 1 if now == last else 1
         return last
 
 
-async def _read(ports: Mapping[str, int]) -> dict[str, Counts]:
-    texts = await asyncio.gather(*(asyncio.to_thread(_get, port) for port in ports.values()))
-    return {name: parse(text) for name, text in zip(ports, texts, strict=True)}
+async def _read(processes: Mapping[str, Process]) -> dict[str, Counts]:
+    counts = await asyncio.gather(*(asyncio.to_thread(_ask, process) for process in processes.values()))
+    return dict(zip(processes, counts, strict=True))
 
 
-def _get(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-        return str(response.read().decode())
+def _ask(process: Process) -> Counts:
+    with urllib.request.urlopen(f"http://127.0.0.1:{process.port}/metrics", timeout=5) as response:
+        counts = parse(response.read().decode())
+    return replace(counts, device_bytes=read_from_device(Path(f"/proc/{process.pid}/io").read_text()))
 
 
 def free_ports(count: int) -> int:

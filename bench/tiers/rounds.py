@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.tiers.counters import free_ports, settled
+from bench.tiers.counters import Process, free_ports, settled
 from bench.tiers.figures import Seen
 from bench.tiers.ways import PREFIX_TOKENS, TAIL_TOKENS, Asked, Way, block_bytes
 from pdmesh import AsyncClient
@@ -54,10 +54,14 @@ async def measure(
     try:
         report("starting")
         await cluster.start(lambda workers: None)
-        members = [child.name for child in cluster.children if child.name not in ("valkey", "router")]
-        ports = {name: metrics_port + place for place, name in enumerate(members, start=1)}
+        members = [child for child in cluster.children if child.name not in ("valkey", "router")]
+        processes = {
+            child.name: Process(child.pid, metrics_port + place)
+            for place, child in enumerate(members, start=1)
+            if child.pid is not None
+        }
         async with AsyncClient(cluster.address) as client:
-            seen = await _rounds(way, client, ports, num_bytes, rounds, directory, report)
+            seen = await _rounds(way, client, processes, num_bytes, rounds, directory, report)
     finally:
         await cluster.stop()
     cluster.remove_logs()
@@ -67,7 +71,7 @@ async def measure(
 async def _rounds(
     way: Way,
     client: AsyncClient,
-    ports: Mapping[str, int],
+    processes: Mapping[str, Process],
     num_bytes: int,
     rounds: int,
     directory: Path,
@@ -79,20 +83,23 @@ async def _rounds(
     computed: list[Answer] = []
     while len(seen.brought_s) < rounds:
         if seen.num_unproven > _MAX_TRIES * rounds:
-            raise RuntimeError(f"KV came from {way.title} {len(seen.brought_s)} times of {len(computed) - LAG}")
+            raise RuntimeError(
+                f"KV came from {way.title} {len(seen.brought_s)} times of {len(seen.brought_s) + seen.num_unproven}: "
+                "--disk-dir must lie on a disk, and nothing else may use the cluster"
+            )
         report(f"round {len(seen.brought_s) + 1} of {rounds}")
         prefixes.append(_tokens(draw, PREFIX_TOKENS))
-        await settled(ports)
+        await settled(processes)
         computed.append(await _ask(client, prefixes[-1] + _tokens(draw, TAIL_TOKENS)))
         if computed[-1].cached_tokens:
             raise RuntimeError("a new prompt was found in a cache: what was measured as computing is not")
         place = len(prefixes) - 1 - LAG
         if place < 0:
             continue
-        before = await settled(ports)
+        before = await settled(processes)
         _forget_files(directory)
         answer = await _ask(client, prefixes[place] + _tokens(draw, TAIL_TOKENS))
-        given = {name: counts.since(before[name]) for name, counts in (await settled(ports)).items()}
+        given = {name: counts.since(before[name]) for name, counts in (await settled(processes)).items()}
         if way.proves(Asked(given, answer.cached_tokens, computed[place].worker_id, answer.worker_id), num_bytes):
             seen.brought_s.append(answer.ttft_s)
             seen.computed_s.append(computed[-1].ttft_s)

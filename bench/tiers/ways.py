@@ -81,7 +81,8 @@ def _from_host(asked: Asked, num_bytes: int) -> bool:
 
 
 def _from_disk(asked: Asked, num_bytes: int) -> bool:
-    return _is_whole(asked) and _hits(asked) == (0, PREFIX_BLOCKS)
+    read = sum(counts.device_bytes for counts in asked.given.values())
+    return _is_whole(asked) and _hits(asked) == (0, PREFIX_BLOCKS) and read >= PREFIX_BLOCKS * num_bytes
 
 
 def _from_store(asked: Asked, num_bytes: int) -> bool:
@@ -112,5 +113,5 @@ def _hits(asked: Asked) -> tuple[int, int]:
 WAYS = {
     "host": Way("host memory", 0.3, _host_cluster, _from_host),
     "disk": Way("disk", 0.5, _disk_cluster, _from_disk),
-    "store": Way("a shared store, to a second worker", 0.4, _store_cluster, _from_store),
+    "store": Way("store, to a second worker", 0.4, _store_cluster, _from_store),
 }

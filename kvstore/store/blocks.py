@@ -127,8 +127,9 @@ class StoreBlocks:
         return self._stack.host.reserve(num_blocks)
 
     def commit(self, slots: Sequence[int], hashes: Sequence[BlockHash]) -> None:
-        """The slots hold these blocks, all verified."""
-        for slot, block_hash in zip(slots, hashes, strict=True):
+        """The slots hold these blocks of a run, all verified."""
+        # As `unpin` does: the last block makes room before the first, without which it has no use.
+        for slot, block_hash in reversed(list(zip(slots, hashes, strict=True))):
             self._stack.host.commit(slot, block_hash)
 
     def release(self, slots: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from bench.tiers.counters import Counts, free_ports, parse
+from bench.tiers.counters import Counts, free_ports, parse, read_from_device
 from bench.tiers.figures import Seen, figures, p90
 from bench.tiers.ways import PREFIX_BLOCKS, PREFIX_TOKENS, WAYS, Asked
 from kvstore.tiers.host import HostTier
@@ -18,7 +18,9 @@ from tests.tier_blocks import BLOCK_BYTES, block, empty_views, key, keys
 
 ALL = PREFIX_BLOCKS * BLOCK_BYTES
 FROM_HOST = Asked({"decode-0": Counts(host_hits=PREFIX_BLOCKS)}, PREFIX_TOKENS, "prefill-0", "")
-FROM_DISK = Asked({"prefill-0": Counts(disk_hits=PREFIX_BLOCKS)}, PREFIX_TOKENS, "prefill-0", "prefill-0")
+FROM_DISK = Asked(
+    {"prefill-0": Counts(disk_hits=PREFIX_BLOCKS, device_bytes=ALL)}, PREFIX_TOKENS, "prefill-0", "prefill-0"
+)
 FROM_STORE = Asked(
     {"store-0": Counts(host_hits=PREFIX_BLOCKS, sent_bytes=ALL), "prefill-1": Counts(received_bytes=ALL)},
     PREFIX_TOKENS, "prefill-0", "prefill-1",
@@ -52,6 +54,15 @@ def test_a_part_that_was_computed_disproves_it(name: str) -> None:
 )
 def test_host_memory_must_have_given_all_of_it(given: dict[str, Counts]) -> None:
     assert not WAYS["host"].proves(replace(FROM_HOST, given=given), BLOCK_BYTES)
+
+
+def test_what_lay_in_the_page_cache_did_not_come_from_disk() -> None:
+    given = {"prefill-0": replace(FROM_DISK.given["prefill-0"], device_bytes=ALL - 1)}
+    assert not WAYS["disk"].proves(replace(FROM_DISK, given=given), BLOCK_BYTES)
+
+
+def test_the_system_says_what_came_from_a_device() -> None:
+    assert read_from_device("rchar: 5000\nread_bytes: 4096\nwrite_bytes: 0\n") == 4096
 
 
 @pytest.mark.parametrize(
