@@ -29,7 +29,7 @@ from pdmesh.server import GrpcServer
 from pdmesh.types import KVSource
 from pdmesh.v1 import kv_blocks_pb2_grpc
 from tests.directory_stores import eventually
-from tests.fault_proxy import FaultProxy
+from tests.fault_proxy import FaultProxy, flip
 from tests.kv_endpoints import new_journal
 from tests.kv_sources import SOURCE_ID, promising_source, source
 from tests.tiny_models import VOCAB_SIZE
@@ -273,7 +273,7 @@ async def test_corrupt_bytes_are_not_used(tiny_model: Path) -> None:
             source(here.engine.facts, block_bytes, NUM_FULL, ["tcp"]) as other,
         ):
             other.senders.proxy = proxy
-            proxy.flip_at = 5 * block_bytes
+            proxy.rewrite_at, proxy.rewrite = 5 * block_bytes, flip(0)
             await here.prefixes.bring(tokens, b"", [other.kv])
             assert proxy.num_faults == 1
             (failure,) = here.journal.report().failures
