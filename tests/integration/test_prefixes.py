@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -243,17 +243,37 @@ async def test_who_cannot_give_is_given_up_and_not_asked_again_at_once(
     here: Worker, caplog: pytest.LogCaptureFixture, kind: object, reason: str
 ) -> None:
     tokens = prompt(1)
+
+    def reasons() -> list[str]:
+        return [record.__dict__["reason"] for record in caplog.records if record.name == "worker.prefixes"]
+
     async with kind() as kv:  # type: ignore[operator]
         began = time.monotonic()
         await here.prefixes.bring(tokens, b"", [kv])
         assert time.monotonic() - began < FIND_TIMEOUT_S + 2.0
-        assert [record.__dict__.get("reason") for record in caplog.records if record.name == "worker.prefixes"] == [
-            reason
-        ]
-        began = time.monotonic()
+        assert reasons() == [reason]
         await here.prefixes.bring(tokens, b"", [kv])
-        assert time.monotonic() - began < 0.2, "waited for it again"
+        assert reasons() == [reason], "asked it again"
     await here.assert_right_and_idle(tokens, 0)
+
+
+async def test_a_worker_that_loads_still_has_nothing_and_says_so(
+    tiny_model: Path, here: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    loading = LocalEngine(EngineConfig(str(tiny_model), "float32"))
+    server = GrpcServer("127.0.0.1", 0)
+    async with AsyncExitStack() as exit_stack:
+        channels = await exit_stack.enter_async_context(aclosing(ChannelPool()))
+        senders = KVSenders(here.engine.memory, "loading-1", channels.get, new_journal())
+        servicer = FetchServicer(EngineShelf(loading, lambda: None, here.prefixes), "loading-1", senders)
+        server.add(kv_blocks_pb2_grpc.add_KVBlocksServicer_to_server, servicer, SERVICE)
+        await server.start()
+        exit_stack.push_async_callback(server.stop)
+        await here.prefixes.bring(prompt(1), b"", [KVSource("loading", "loading-1", server.address, NUM_FULL)])
+    assert [record.__dict__["reason"] for record in caplog.records if record.name == "worker.prefixes"] == [
+        "WORKER_LOADING"
+    ]
+    await here.assert_right_and_idle(prompt(1), 0)
 
 
 async def test_who_has_less_than_the_router_said_gives_nothing(here: Worker) -> None:

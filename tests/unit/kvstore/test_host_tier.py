@@ -255,3 +255,19 @@ def test_threads_that_put_and_read_at_once_never_see_wrong_bytes() -> None:
             assert seen.pop(block_hash), "removed before it was stored"
         seen.update(dict.fromkeys(change.stored, True))
     assert set(seen) == {key(n) for n in range(20) if key(n) in tier}
+
+
+def test_a_touched_run_makes_room_last_and_from_its_end() -> None:
+    tier = HostTier(4, BLOCK_BYTES)
+    for n in (1, 2, 3, 4):
+        assert tier.put(key(n), block(n))
+    before = tier.stats()
+    # A block that is not held is no matter, and looking is not asking.
+    tier.touch(keys(1, 2, 9))
+    assert (tier.stats().num_hits, tier.stats().num_misses) == (before.num_hits, before.num_misses)
+    gone = []
+    for n in (11, 12, 13):
+        assert tier.put(key(n), block(n))
+        gone.append([m for m in (1, 2, 3, 4) if key(m) not in tier])
+    assert gone == [[3], [3, 4], [2, 3, 4]]
+    tier.check_invariants()
