@@ -161,7 +161,7 @@ class StackAgainstDict(RuleBasedStateMachine):
         assert self.told[Tier.HOST] == {key(n) for n in range(12) if key(n) in self.stack.host}
         stats = self.stack.stats()
         assert stats["host"].num_blocks <= NUM_HOST
-        if stats["disk"] is not None and self.stack.disk is not None:
+        if self.stack.disk is not None:
             self.stack.disk.check_invariants()
             assert stats["disk"].num_blocks <= NUM_DISK
 
