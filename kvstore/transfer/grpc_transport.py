@@ -94,13 +94,15 @@ class GrpcReceiver:
     def _take(self, incoming: Incoming, part: "Part") -> None:
         head, payload = part
         # No await between the check of the ticket and the write: a revoked ticket's bytes never land.
-        if head.offset_bytes + len(payload) > self._memory.block_bytes:
-            raise CorruptionError("a part beyond its block", reason="KV_OUT_OF_RANGE", stage="transfer")
         with incoming.writing(head.block_index, head.offset_bytes, len(payload), head.block_hash):
             if crc32c([payload]) != head.crc32c:
                 raise CorruptionError(f"block {head.block_index} fails its checksum", stage="transfer")
-            block = self._memory.view(incoming.block_ids[head.block_index])
-            block[head.offset_bytes : head.offset_bytes + len(payload)] = payload
+            index, offset = head.block_index, head.offset_bytes
+            while payload:
+                rest = self._memory.view(incoming.block_ids[index])[offset:]
+                num_bytes = min(len(rest), len(payload))
+                rest[:num_bytes] = payload[:num_bytes]
+                payload, index, offset = payload[num_bytes:], index + 1, 0
 
 
 def _stopper_of_current_task() -> Callable[[], None]:
@@ -162,13 +164,17 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value | data[at] << shift, at + 1
 
 
-def part_request(block_index: int, offset_bytes: int, block_hash: bytes, payload: memoryview) -> bytes:
-    """A `PushRequest` with a `KVPart`, as SerializeToString writes it, but with one copy of the payload, not four."""
+def part_request(block_index: int, offset_bytes: int, block_hash: bytes, pieces: Sequence[memoryview]) -> bytes:
+    """A `PushRequest` with a `KVPart`, as SerializeToString writes it, but with one copy of the payload, not four.
+
+    The payload is `pieces`, end to end.
+    """
     head = pb.KVPart(
-        block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c([payload]), block_hash=block_hash
+        block_index=block_index, offset_bytes=offset_bytes, crc32c=crc32c(pieces), block_hash=block_hash
     ).SerializeToString()
-    head += _length_prefix(pb.KVPart.PAYLOAD_FIELD_NUMBER, len(payload))
-    return b"".join((_length_prefix(pb.PushRequest.PART_FIELD_NUMBER, len(head) + len(payload)), head, payload))
+    num_bytes = sum(map(len, pieces))
+    head += _length_prefix(pb.KVPart.PAYLOAD_FIELD_NUMBER, num_bytes)
+    return b"".join((_length_prefix(pb.PushRequest.PART_FIELD_NUMBER, len(head) + num_bytes), head, *pieces))
 
 
 def _length_prefix(field_number: int, num_bytes: int) -> bytes:
@@ -207,13 +213,20 @@ class GrpcSender:
             await self._answer()
 
     async def send(self, first_index: int, block_ids: Sequence[int], block_hashes: Sequence[BlockHash]) -> None:
-        for index, (block_id, block_hash) in enumerate(zip(block_ids, block_hashes, strict=True), first_index):
-            block = self._memory.view(block_id)
-            for offset in range(0, len(block), MAX_PART_BYTES):
-                piece = block[offset : offset + MAX_PART_BYTES]
-                await self._write(part_request(index, offset, block_hash, piece))
-                self._num_parts += 1
-                self._num_bytes += len(piece)
+        block_bytes = self._memory.block_bytes
+        end = len(block_ids) * block_bytes
+        for begin in range(0, end, MAX_PART_BYTES):
+            # A part goes on over the blocks that follow: fewer messages.
+            pieces, at = [], begin
+            while at < min(begin + MAX_PART_BYTES, end):
+                index, offset = divmod(at, block_bytes)
+                pieces.append(self._memory.view(block_ids[index])[offset:][: begin + MAX_PART_BYTES - at])
+                at += len(pieces[-1])
+            index, offset = divmod(begin, block_bytes)
+            last_hash = block_hashes[(at - 1) // block_bytes]
+            await self._write(part_request(first_index + index, offset, last_hash, pieces))
+            self._num_parts += 1
+            self._num_bytes += at - begin
 
     async def finish(self) -> TransferStats:
         finish = pb.PushFinish(num_parts=self._num_parts, num_bytes=self._num_bytes)

@@ -23,6 +23,7 @@ check in tests/model explores exactly these functions.
 from bisect import bisect
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 from pdmesh.errors import CorruptionError, MeshError, TicketError, UnavailableError
 from pdmesh.hashing import BlockHash
@@ -158,9 +159,8 @@ class TransferState(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Receiving:
-    """One ticket's transfer, on the side that reserved the blocks.
+class Receiving(NamedTuple):
+    """One ticket's transfer, on the side that reserved the blocks. A tuple: a new one is made for each part, twice.
 
     Attributes:
         block_hashes: Identity of each block that the ticket covers, in order.
@@ -204,8 +204,7 @@ class Receiving:
             case BeginWrite():
                 return self._begin_write(event, now)
             case EndWrite():
-                written = replace(
-                    self,
+                written = self._replace(
                     num_writing=self.num_writing - 1,
                     num_bytes=self.num_bytes + event.num_bytes,
                     num_parts=self.num_parts + bool(event.num_bytes),
@@ -218,7 +217,7 @@ class Receiving:
             case Abort():
                 return self._end(event.failure, stop_writer=True)
             case Alive():
-                return replace(self, expires_at=now + LEASE_S), ()
+                return self._replace(expires_at=now + LEASE_S), ()
             case Tick():
                 if now < self.expires_at:
                     return self, ()
@@ -231,7 +230,7 @@ class Receiving:
             return self, _refused("TICKET_SENDER", "this ticket is somebody else's")
         if self.state is not TransferState.EXPECTED:
             return self, _refused("TICKET_USED", "this ticket was used or revoked")
-        return replace(self, state=TransferState.RECEIVING, expires_at=now + LEASE_S), (_ACCEPT,)
+        return self._replace(state=TransferState.RECEIVING, expires_at=now + LEASE_S), (_ACCEPT,)
 
     def _begin_write(self, event: BeginWrite, now: float) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
         if self.state is not TransferState.RECEIVING:
@@ -254,7 +253,7 @@ class Receiving:
         if head and head[-1] == begin:
             middle, head = (head[-2], middle[1]), head[:-2]
         claims = (*head, *middle, *tail)
-        claimed = replace(self, claims=claims, num_writing=self.num_writing + 1, expires_at=now + LEASE_S)
+        claimed = self._replace(claims=claims, num_writing=self.num_writing + 1, expires_at=now + LEASE_S)
         return claimed, (_ACCEPT,)
 
     def _finish(self, event: Finish) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
@@ -267,7 +266,7 @@ class Receiving:
                 f"the sender speaks of {event.num_bytes} bytes in {event.num_parts} parts",
             )
         assert not self.num_writing, "every byte is verified and yet one is being written"
-        return replace(self, state=TransferState.DONE), (_ACCEPT, Ended(), Quiet())
+        return self._replace(state=TransferState.DONE), (_ACCEPT, Ended(), Quiet())
 
     def _end(self, failure: Failure, *, stop_writer: bool) -> "tuple[Receiving, tuple[ReceivingAction, ...]]":
         if self.ended:
@@ -275,7 +274,7 @@ class Receiving:
         actions: list[ReceivingAction] = [Ended()]
         if stop_writer and self.state is TransferState.RECEIVING:
             actions.append(StopWriter())
-        ended = replace(self, state=TransferState.FAILED, failure=failure)
+        ended = self._replace(state=TransferState.FAILED, failure=failure)
         return ended, (*actions, Quiet()) if ended.quiet else tuple(actions)
 
     def check_invariants(self) -> None:

@@ -22,7 +22,7 @@ from pdmesh.hashing import BlockHash
 CONNECT_TIMEOUT_S = 5.0
 # Large enough that the work for each part does not count, small enough that a refusal is noticed soon.
 TARGET_PART_BYTES = 2 * 1024 * 1024
-# What checksum and socket take turns at, while it is in the processor's cache.
+# What a receiver takes at a time, to compute its checksum while it is in the processor's cache.
 _PIECE_BYTES = 256 * 1024
 _TRAILER = struct.Struct("<I")
 
@@ -142,13 +142,11 @@ class TcpLink:
 
     def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
         num_bytes = len(block_ids) * self._memory.block_bytes
-        ahead = Frame(FrameType.PART, first, len(block_ids), num_bytes=num_bytes, block_hash=block_hash).pack()
-        crc = 0
-        for views in _pieces(self._memory, block_ids):
-            crc = crc32c(views, crc)
-            connection.send([ahead, *views])
-            ahead = b""
-        send_crc(connection, crc)
+        views = [self._memory.view(block_id) for block_id in block_ids]
+        frame = Frame(FrameType.PART, first, len(views), num_bytes, block_hash)
+        connection.send([frame.pack(), *views])
+        # While the receiver takes in what the socket still holds.
+        send_crc(connection, crc32c(views))
         return num_bytes
 
 

@@ -76,7 +76,7 @@ Global___PushOpen: _TypeAlias = PushOpen  # noqa: Y015
 
 @_typing.final
 class KVPart(_message.Message):
-    """A byte range of one block. At most 256 KiB of payload."""
+    """A byte range of the blocks that the ticket covers, laid end to end. At most 256 KiB of payload."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -86,13 +86,13 @@ class KVPart(_message.Message):
     BLOCK_HASH_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     block_index: _builtins.int
-    """Counted from the first block that the ticket covers."""
+    """Of the block in which it begins, counted from the first that the ticket covers."""
     offset_bytes: _builtins.int
-    """Offset in the block."""
+    """Offset in that block."""
     crc32c: _builtins.int
     """CRC32C (Castagnoli) of payload."""
     block_hash: _builtins.bytes
-    """Identity of the block at the sender."""
+    """Identity, at the sender, of the block in which it ends."""
     payload: _builtins.bytes
     """Last, so that it can be read where it lies."""
     def __init__(

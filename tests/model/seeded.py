@@ -1,7 +1,5 @@
 """Ways to get a hand-off wrong, one small change each, that an exploration must find."""
 
-from dataclasses import replace
-
 from kvstore.transfer.states import (
     Accept,
     BeginWrite,
@@ -39,7 +37,7 @@ class BelievesFinish(_Unchecked):
     def _finish(self, event: Finish) -> tuple[Receiving, tuple[ReceivingAction, ...]]:
         if self.state is not TransferState.RECEIVING or self.num_writing:
             return super()._finish(event)
-        return replace(self, state=TransferState.DONE), (Accept(), Ended(), Quiet())
+        return self._replace(state=TransferState.DONE), (Accept(), Ended(), Quiet())
 
 
 class CountsTwice(_Unchecked):
@@ -48,8 +46,8 @@ class CountsTwice(_Unchecked):
     __slots__ = ()
 
     def _begin_write(self, event: BeginWrite, now: float) -> tuple[Receiving, tuple[ReceivingAction, ...]]:
-        after, actions = replace(self, claims=())._begin_write_once(event, now)
-        return (replace(after, claims=()), actions) if Accept() in actions else (self, actions)
+        after, actions = self._replace(claims=())._begin_write_once(event, now)
+        return (after._replace(claims=()), actions) if Accept() in actions else (self, actions)
 
     def _begin_write_once(self, event: BeginWrite, now: float) -> tuple[Receiving, tuple[ReceivingAction, ...]]:
         return super()._begin_write(event, now)
@@ -63,7 +61,7 @@ class WritesAfterTheEnd(_Unchecked):
     def _begin_write(self, event: BeginWrite, now: float) -> tuple[Receiving, tuple[ReceivingAction, ...]]:
         if self.state is not TransferState.FAILED:
             return super()._begin_write(event, now)
-        return replace(self, num_writing=self.num_writing + 1), (Accept(),)
+        return self._replace(num_writing=self.num_writing + 1), (Accept(),)
 
 
 class ReleasesWhileBusy(Sending):
