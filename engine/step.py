@@ -68,7 +68,8 @@ class PrefillBudget:
         num_tokens: Most tokens in all.
         max_chunk: Most tokens of one request.
         num_full_rate_tokens: With so many the step computes at the machine's full rate: no further prompt joins, for
-            it would only keep the others waiting.
+            it would only keep the others waiting. And the last chunk of a prompt whose KV travels is no larger: the
+            first token is there, and somebody waits for the rest of the KV.
     """
 
     def __init__(self, plan: StepPlan, num_tokens: int, max_chunk: int, num_full_rate_tokens: int) -> None:
@@ -88,6 +89,8 @@ class PrefillBudget:
         num_missing = request.num_tokens - request.num_computed_tokens
         num_tokens = min(num_missing, self._max_chunk, self._num_tokens - self._num_planned)
         assert num_tokens > 0, "nothing left to plan with"
+        if request.hold_blocks and num_tokens == num_missing >= 2 * self._num_full_rate_tokens:
+            num_tokens -= self._num_full_rate_tokens
         self._num_planned += num_tokens
         self.plan.prefills.append(PrefillChunk(request, num_tokens, num_tokens == num_missing))
 

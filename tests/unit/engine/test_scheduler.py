@@ -273,6 +273,24 @@ def test_lower_priority_is_preempted_before_later_arrival() -> None:
     assert late.num_preemptions == 0
 
 
+def test_the_last_chunk_of_a_prompt_that_travels_is_small() -> None:
+    config = replace(CONFIG, max_prefill_chunk=12, max_num_batched_tokens=16, num_full_rate_tokens=4)
+
+    def chunks(request: Request) -> list[int]:
+        scheduler = Scheduler(config)
+        scheduler.add(request)
+        sizes = []
+        while not (plan := scheduler.schedule()).empty and plan.prefills:
+            sizes += [chunk.num_tokens for chunk in plan.prefills]
+            run(scheduler, plan)
+        return sizes
+
+    assert chunks(request(20, hold=True)) == [12, 4, 4], "its KV is what is waited for once the first token is there"
+    assert chunks(request(11, hold=True)) == [7, 4]
+    assert chunks(request(7, hold=True)) == [7], "too short to be worth a step more"
+    assert chunks(request(20)) == [12, 8], "its KV goes nowhere"
+
+
 def test_held_request_tells_progress_and_keeps_its_blocks_until_released() -> None:
     scheduler = Scheduler(CONFIG)
     scheduler.add(request(5))
