@@ -1,11 +1,13 @@
 """A whole mesh of real processes, real sockets and a real Valkey, each of which a test can kill."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -126,6 +128,20 @@ async def kill(child: ChildProcess) -> None:
     os.kill(child.pid, signal.SIGKILL)
     await child.wait()
     assert not child.running
+
+
+@contextlib.contextmanager
+def standing_still(child: ChildProcess) -> Iterator[None]:
+    """SIGSTOP during the body, SIGCONT after it; and proof that it stands still."""
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    try:
+        while (state := Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+            assert state != "Z", f"{child.name} is gone"
+            time.sleep(0.001)
+        yield
+    finally:
+        os.kill(child.pid, signal.SIGCONT)
 
 
 def _free_port() -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from pdmesh.generation import GenerationResult
 from pdmesh.sampling import SamplingParams
-from tests.processes import ProcessMesh, kill
+from tests.processes import ProcessMesh, kill, standing_still
 from tests.tiny_models import VOCAB_SIZE
 
 pytestmark = pytest.mark.e2e
@@ -125,6 +125,27 @@ async def test_a_decode_worker_is_killed(tiny_model: Path, tmp_path: Path) -> No
             await kill(mesh.decodes[0])
             await traffic.until_answered(20)
         assert sum(result.report.decode_resumes for result in traffic.results) > 0, "a stream changed workers"
+        await mesh.assert_idle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_worker_stands_still(tiny_model: Path, tmp_path: Path, role: str) -> None:
+    """Its kernel goes on acknowledging what it is sent; nobody waits for it longer than for a dead one."""
+    async with ProcessMesh(tiny_model, tmp_path, num_prefill=2, num_decode=2) as mesh:
+        traffic = Traffic(mesh, num_clients=8, num_tokens=100)
+        await traffic.learn()
+        worker = (mesh.prefills if role == "prefill" else mesh.decodes)[0]
+
+        async def at_work() -> bool:
+            return (await mesh.status(worker.name)).num_requests >= 1
+
+        async with traffic.flowing():
+            await mesh.until(at_work, "requests on the worker that is about to stand still")
+            with standing_still(worker):
+                # Each of these clients asked after the stop, or was on that worker and went on elsewhere.
+                await traffic.until_answered(4 * traffic.num_clients)
+            await mesh.until(mesh.all_ready, "the worker back in the directory", 15)
+            await traffic.until_answered(20)
         await mesh.assert_idle()
 
 
