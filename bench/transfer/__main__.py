@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import machine
-from bench.transfer.measure import YARDSTICKS, measure
+from bench.transfer.measure import CPU_YARDSTICKS, YARDSTICKS, measure
 
 # SmolLM2-135M in bfloat16: 16 tokens, 30 layers, K and V, 3 heads of 64.
 _BLOCK_BYTES = 16 * 30 * 2 * 3 * 64 * 2
@@ -53,12 +53,13 @@ def main() -> None:
 
 
 def ratios(figures: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Of each transport to what it is compared with: rate, and processor time per GiB."""
+    """Of each transport: its rate to that of `to`, and its processor time per GiB to that of `cpu_to`."""
     return {
         name: {
             "to": yardstick,
+            "cpu_to": CPU_YARDSTICKS[name],
             "gib_per_s": figures[name]["gib_per_s"] / figures[yardstick]["gib_per_s"],
-            "cpu_s_per_gib": figures[name]["cpu_s_per_gib"] / figures[yardstick]["cpu_s_per_gib"],
+            "cpu_s_per_gib": figures[name]["cpu_s_per_gib"] / figures[CPU_YARDSTICKS[name]]["cpu_s_per_gib"],
         }
         for name, yardstick in YARDSTICKS.items()
         if name in figures
@@ -69,7 +70,7 @@ def table(figures: dict[str, dict[str, float]], settings: dict[str, int]) -> Tab
     num_mib = settings["num_blocks"] * settings["block_bytes"] / (1 << 20)
     result = Table(title=f"{num_mib:.0f} MiB of KV between two processes, medians", title_justify="left")
     result.add_column("way")
-    for column in ("GiB/s", "of its yardstick", "CPU s/GiB", "of its yardstick", "one block, ms", "1,024 tokens, ms"):
+    for column in ("GiB/s", "beside", "CPU s/GiB", "beside", "one block, ms", "1,024 tokens, ms"):
         result.add_column(column, justify="right")
     compared = ratios(figures)
     for name, way in figures.items():
@@ -77,9 +78,9 @@ def table(figures: dict[str, dict[str, float]], settings: dict[str, int]) -> Tab
         result.add_row(
             name,
             f"{way['gib_per_s']:.2f}",
-            f"{ratio['gib_per_s']:.2f}" if ratio else "",
+            f"{ratio['gib_per_s']:.2f} of {ratio['to']}" if ratio else "",
             f"{way['cpu_s_per_gib']:.2f}",
-            f"{ratio['cpu_s_per_gib']:.2f}" if ratio else "",
+            f"{ratio['cpu_s_per_gib']:.2f} of {ratio['cpu_to']}" if ratio else "",
             f"{way['one_block_ms']:.2f}",
             f"{way['1024_tokens_ms']:.2f}",
         )

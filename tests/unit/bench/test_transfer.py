@@ -29,7 +29,16 @@ def test_figures_are_medians_for_each_gib() -> None:
 def test_a_transport_is_compared_with_its_yardstick() -> None:
     way = {"gib_per_s": 2.0, "cpu_s_per_gib": 0.5}
     bare = {"gib_per_s": 4.0, "cpu_s_per_gib": 0.25}
-    figures = {"memcpy": way, "shm": way, "bare tcp": bare, "tcp": way, "bare grpc": way, "grpc": way}
+    figures = {
+        "memcpy": way,
+        "bare unix": bare,
+        "shm": way,
+        "bare tcp": bare,
+        "tcp": way,
+        "bare grpc": way,
+        "grpc": way,
+    }
     compared = ratios(figures)
-    assert compared["tcp"] == {"to": "bare tcp", "gib_per_s": 0.5, "cpu_s_per_gib": 2.0}
-    assert compared["grpc"] == {"to": "bare grpc", "gib_per_s": 1.0, "cpu_s_per_gib": 1.0}
+    assert compared["tcp"] == {"to": "bare tcp", "cpu_to": "bare tcp", "gib_per_s": 0.5, "cpu_s_per_gib": 2.0}
+    assert compared["grpc"] == {"to": "bare grpc", "cpu_to": "bare grpc", "gib_per_s": 1.0, "cpu_s_per_gib": 1.0}
+    assert compared["shm"] == {"to": "memcpy", "cpu_to": "bare unix", "gib_per_s": 1.0, "cpu_s_per_gib": 2.0}
