@@ -70,7 +70,7 @@ def table(figures: dict[str, dict[str, float]], settings: dict[str, int]) -> Tab
     num_mib = settings["num_blocks"] * settings["block_bytes"] / (1 << 20)
     result = Table(title=f"{num_mib:.0f} MiB of KV between two processes, medians", title_justify="left")
     result.add_column("way")
-    for column in ("GiB/s", "beside", "CPU s/GiB", "beside", "one block, ms", "1,024 tokens, ms"):
+    for column in ("GiB/s", "ratio", "CPU s/GiB", "ratio", "1 block, ms", "1,024 tokens, ms"):
         result.add_column(column, justify="right")
     compared = ratios(figures)
     for name, way in figures.items():
@@ -78,13 +78,20 @@ def table(figures: dict[str, dict[str, float]], settings: dict[str, int]) -> Tab
         result.add_row(
             name,
             f"{way['gib_per_s']:.2f}",
-            f"{ratio['gib_per_s']:.2f} of {ratio['to']}" if ratio else "",
+            f"{ratio['gib_per_s']:.2f}" if ratio else "",
             f"{way['cpu_s_per_gib']:.2f}",
-            f"{ratio['cpu_s_per_gib']:.2f} of {ratio['cpu_to']}" if ratio else "",
+            f"{ratio['cpu_s_per_gib']:.2f}" if ratio else "",
             f"{way['one_block_ms']:.2f}",
             f"{way['1024_tokens_ms']:.2f}",
         )
+    result.caption_justify = "left"
+    result.caption = "\n".join(_compared(name, ratio) for name, ratio in compared.items())
     return result
+
+
+def _compared(name: str, ratio: dict[str, Any]) -> str:
+    processor_time = "" if ratio["to"] == ratio["cpu_to"] else f", its processor time with that of {ratio['cpu_to']}"
+    return f"{name} is compared with {ratio['to']}{processor_time}"
 
 
 if __name__ == "__main__":
