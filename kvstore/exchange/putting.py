@@ -11,7 +11,7 @@ we                                           a store
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 from kvstore.transfer.base import BlockMemory, TransferStats
@@ -77,7 +77,7 @@ class BlockPutter:
         try:
             await stream.write(pb.PutRequest(start=start))
             responses = stream.responses()
-            wanted = (await anext(responses, pb.PutResponse())).wanted
+            wanted = await _wanted(responses)
             if not wanted.indexes:
                 return 0
             # The store has committed what it got.
@@ -118,3 +118,11 @@ class BlockPutter:
             return stats.num_bytes
         finally:
             await stream.aclose()
+
+
+async def _wanted(responses: AsyncIterator[pb.PutResponse]) -> pb.PutWanted:
+    """What the store says first; before it there may be signs of life, from one that opens its disk."""
+    async for response in responses:
+        if response.HasField("wanted"):
+            return response.wanted
+    return pb.PutWanted()

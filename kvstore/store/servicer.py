@@ -1,8 +1,8 @@
 """`KVStore.Put` on the store's side: what it lacks of a prompt's blocks comes in, and is kept once all is verified."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TypeVar
 
 from kvstore.exchange.servicer import parse_hashes
 from kvstore.store.blocks import StoreBlocks
@@ -11,15 +11,14 @@ from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.messages import grant_to_pb, offers_to_pb
 from kvstore.transfer.receipt import Expected, Receipt
 from kvstore.transfer.receiver import ReceiverHub
+from kvstore.transfer.states import LEASE_S
 from kvstore.transfer.streams import responses_of
-from pdmesh.errors import CancelledRequestError, ConfigError, InvalidRequestError, OverloadedError
+from pdmesh.errors import CancelledRequestError, ConfigError, InvalidRequestError, OverloadedError, UnavailableError
 from pdmesh.tasks import beside
 from pdmesh.types import PairingFacts
 from pdmesh.v1 import kv_blocks_pb2 as pb
 from pdmesh.v1 import kv_blocks_pb2_grpc
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
-
-T = TypeVar("T")
 
 
 class PutServicer(kv_blocks_pb2_grpc.KVStoreServicer):
@@ -62,11 +61,7 @@ class PutServicer(kv_blocks_pb2_grpc.KVStoreServicer):
             emit(pb.PutResponse(wanted=wanted))
             if not indexes:
                 return
-            ready = await anext(aiter(requests), None)
-            while ready is not None and ready.HasField("heartbeat"):
-                ready = await anext(aiter(requests), None)
-            if ready is None or not ready.HasField("ready"):
-                raise CancelledRequestError("the worker left before it was ready to send", stage="transfer")
+            ready = await _ready(requests)
             receipt = Receipt(self._hub, self._journal)
             expected = Expected(
                 start.request_id, 0, start.sender_id, start.sender_incarnation, slots, [hashes[i] for i in indexes]
@@ -75,12 +70,26 @@ class PutServicer(kv_blocks_pb2_grpc.KVStoreServicer):
             async def grant(number: int, grant: Grant) -> None:
                 emit(pb.PutResponse(grant=grant_to_pb(number, grant)))
 
-            stats = await beside(receipt.run(expected, list(ready.ready.transports), grant), _listen(requests, receipt))
+            stats = await beside(receipt.run(expected, list(ready.transports), grant), _listen(requests, receipt))
             self._blocks.commit(slots, expected.block_hashes)
             slots = []
             emit(pb.PutResponse(complete=pb.BlocksComplete(num_bytes=stats.num_bytes)))
         finally:
             self._blocks.release(slots)
+
+
+async def _ready(requests: AsyncIterator[pb.PutRequest]) -> pb.PutReady:
+    """On what the worker can send. Raises CancelledRequestError, or UnavailableError where it hangs: it holds slots."""
+    try:
+        async with asyncio.timeout(LEASE_S):
+            async for request in requests:
+                if request.HasField("ready"):
+                    return request.ready
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"the worker was not ready to send within {LEASE_S:g} s", reason="LEASE_EXPIRED", stage="transfer"
+        ) from error
+    raise CancelledRequestError("the worker left before it was ready to send", stage="transfer")
 
 
 async def _listen(requests: AsyncIterator[pb.PutRequest], receipt: Receipt) -> None:

@@ -42,7 +42,6 @@ class Receipt:
         self._journal = journal
         self._number = -1
         self._incoming: IncomingTransfer | None = None
-        self.transport = ""
 
     async def run(
         self, expected: Expected, transports: Sequence[str], grant: Callable[[int, Grant], Awaitable[None]]
@@ -56,7 +55,6 @@ class Receipt:
         Raises MeshError: what the last transport failed with.
         """
         for number, transport in enumerate(transports):
-            self.transport = transport
             async with self._hub.expect(
                 expected.request_id,
                 expected.epoch,

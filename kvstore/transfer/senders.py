@@ -17,8 +17,8 @@ from kvstore.transfer.socket_sender import ConnectionPool, Link, SocketSender
 from kvstore.transfer.tcp import TcpLink
 from pdmesh.errors import MeshError, PreconditionError
 
-# Every transport of this installation, best first. nixl after tcp: it is as fast within a host (1.4 to 1.7 GiB/s),
-# and a quarter as fast where it has nothing but TCP (0.34 to 1.34); who has RDMA names it first.
+# Every transport of this installation, best first. nixl after tcp: it is slower within a host (2.3 against 2.8 GiB/s),
+# and a sixth as fast where it has nothing but TCP (0.5 against 2.8); who has RDMA names it first.
 TRANSPORTS = ("shm", "tcp", *(("nixl",) if is_installed() else ()), "grpc")
 # In which a receiver must answer, or its transport counts as one that does not reach it, for a while.
 NEGOTIATION_TIMEOUT_S = 1.0

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,12 @@ import pytest
 from kvstore.exchange.fetching import BlockFetcher
 from kvstore.exchange.putting import BlockPutter
 from kvstore.memory_directory import MemoryDirectory
+from kvstore.store import servicer as store_servicer
 from kvstore.store.config import StoreConfig
 from kvstore.store.service import StoreService
+from kvstore.store.servicer import PutServicer
 from kvstore.tiers.config import TierConfig
+from kvstore.transfer import streams
 from kvstore.transfer.receiver import ReceiverHub
 from pdmesh.channels import ChannelPool
 from pdmesh.config import ServiceConfig
@@ -25,7 +28,7 @@ from pdmesh.hashing import BlockHash
 from pdmesh.local.child import ChildProcess, ChildSpec
 from pdmesh.server import GrpcServer
 from pdmesh.types import KVSource, PairingFacts
-from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
+from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, kv_blocks_pb2, kv_blocks_pb2_grpc
 from tests.directory_stores import eventually
 from tests.fault_proxy import FaultProxy
 from tests.kv_endpoints import BytesMemory, hashes, new_journal
@@ -116,6 +119,47 @@ async def test_of_a_prompt_that_is_longer_than_the_store_the_beginning_is_kept()
         assert await a.put(address, hashes(4)) == 4 * BLOCK_BYTES
         assert await a.put(address, hashes(40)) == 6 * BLOCK_BYTES
         assert await held(service, hashes(40)) == [bytes(a.memory.view(n)) for n in range(10)]
+
+
+async def test_a_store_that_takes_its_time_gets_the_blocks_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives signs of life before it says what it wants."""
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.02)
+    take = PutServicer._take
+
+    async def take_late(
+        self: PutServicer,
+        start: kv_blocks_pb2.PutStart,
+        requests: AsyncIterator[kv_blocks_pb2.PutRequest],
+        emit: Callable[[kv_blocks_pb2.PutResponse], None],
+    ) -> None:
+        await asyncio.sleep(0.1)
+        await take(self, start, requests, emit)
+
+    monkeypatch.setattr(PutServicer, "_take", take_late)
+    async with store(8) as service, giver("a") as a:
+        assert await a.put(service.server.address, hashes(4)) == 4 * BLOCK_BYTES
+
+
+async def test_a_worker_that_hangs_before_it_sends_holds_no_slots_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_servicer, "LEASE_S", 0.1)
+    async with store(8) as service, grpc.aio.insecure_channel(service.server.address) as channel:
+        call = kv_blocks_pb2_grpc.KVStoreStub(channel).Put()
+        start = kv_blocks_pb2.PutStart(
+            request_id="r", sender_id="a", sender_incarnation="a-1", facts=FACTS.to_pb(), block_bytes=BLOCK_BYTES,
+            block_hashes=hashes(4),
+        )  # fmt: skip
+        await call.write(kv_blocks_pb2.PutRequest(start=start))
+        wanted: list[int] = []
+
+        async def read() -> None:
+            async for response in call:
+                wanted.extend(response.wanted.indexes)
+
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(read(), 5)
+        assert wanted == [0, 1, 2, 3]
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        # `store` checks that nothing is reserved.
 
 
 async def test_blocks_of_another_model_or_size_are_refused() -> None:

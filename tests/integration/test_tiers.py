@@ -17,9 +17,16 @@ from prefill.service import PrefillService
 from tests.directory_stores import eventually
 from tests.mesh import Mesh
 from tests.tiny_models import VOCAB_SIZE
+from worker.costs import Speeds
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def computing_is_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model computes a prompt sooner than a disk or another process brings it, and then it should; not here."""
+    monkeypatch.setattr(Speeds, "compute_s", lambda self, num_tokens: 1.0 * num_tokens)
 
 
 def prompt(seed: int, num_tokens: int = 400) -> list[int]:
