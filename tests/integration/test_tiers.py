@@ -11,6 +11,7 @@ from kvstore.store.config import StoreConfig
 from kvstore.store.service import StoreService
 from kvstore.tiers.config import TierConfig
 from pdmesh.config import ServiceConfig
+from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.sampling import SamplingParams
 from pdmesh.types import WorkerState
 from prefill.service import PrefillService
@@ -61,6 +62,18 @@ async def leave(mesh: Mesh, worker: PrefillService) -> None:
             await asyncio.sleep(0.02)
 
 
+async def router_knows(mesh: Mesh, worker: PrefillService, holder_id: str, tokens: list[int]) -> None:
+    """Returns when the router gives requests to `worker`, and knows that `holder_id` has the beginning of a prompt."""
+    hashes = block_hashes(tokens, SIZE, root_hash())
+    async with asyncio.timeout(10):
+        while True:
+            states = {view.info.worker_id: view.info.state for view in await mesh.client.workers()}
+            holders = mesh.service._registry.cached_prefixes({SIZE: hashes})[SIZE]
+            if states.get(worker.host.worker_id) is WorkerState.READY and holder_id in holders:
+                return
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 @pytest.mark.parametrize("tier", ["host", "disk"])
 async def test_an_evicted_prefix_comes_back(tiny_model: Path, tmp_path: Path, role: str, tier: str) -> None:
@@ -95,11 +108,10 @@ async def test_a_second_worker_fetches_from_the_first_one(tiny_model: Path) -> N
         first = mesh.prefills[0]
         tokens, _ = await ask(mesh, prompt(1)[:-5])
         second = await mesh.add_prefill()
-        second.host.journal.note_choice("x", "shm", "")
         await leave(mesh, first)
-        # Another decode worker's cache would make the prefill needless; this prompt goes on differently.
+        # It goes on differently: what only the decode worker's cache lacks would be computed there.
         longer = prompt(1)[:-5] + prompt(9, 200)
-        await asyncio.sleep(0.3)
+        await router_knows(mesh, second, first.host.worker_id, longer)
         expected, _ = await ask(mesh, longer)
         report = second.host.journal.report()
         received = [total for total in report.totals if total.direction.value == "receiving"]
@@ -119,7 +131,7 @@ async def test_a_store_gives_one_worker_what_another_computed(tiny_model: Path) 
         second = await mesh.add_prefill()
         # The decode worker holds the prompt too: it must be asked for a prompt that shares only the beginning.
         longer = prompt(1) + prompt(9, 200)
-        await asyncio.sleep(0.3)
+        await router_knows(mesh, second, shared.info.worker_id, longer)
         await ask(mesh, longer)
         report = second.host.journal.report()
         assert sum(total.num_done for total in report.totals if total.direction.value == "receiving") == 1, report
