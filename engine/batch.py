@@ -23,6 +23,7 @@ class Batch:
         block_tables: [B, max blocks] int64, padded with 0.
         output_lens: [B] int64, of how many of each sequence's last tokens in this step the hidden states are wanted.
             On the host. Those R tokens' rows, sequence by sequence, are what a forward pass returns.
+        logit_rows: Of each call for logits that follows, in order: which of the R rows, ascending. On the host.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +33,7 @@ class Batch:
     seq_lens: npt.NDArray[np.int64]
     block_tables: torch.Tensor
     output_lens: npt.NDArray[np.int64]
+    logit_rows: tuple[npt.NDArray[np.int64], ...] = ()
 
     def output_rows(self) -> npt.NDArray[np.int64] | None:
         """[R], ascending: which of the T rows are wanted; None where all are."""

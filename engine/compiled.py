@@ -37,9 +37,9 @@ def compile_layers(model: CausalLM, kv_cache: KVCache) -> float:
     """
     began = time.monotonic()
     run = torch.compile(_run, dynamic=True)
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for index, block in enumerate(blocks):
-            blocks[index] = _CompiledBlock(block, run)
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleDict)]:
+        for name, block in blocks.items():
+            blocks[name] = _CompiledBlock(block, run)
     # Else each layer's index is a constant of its program, and no other layer can use that.
     with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
         for num_tokens in _WARM_UP_TOKENS:

@@ -1,10 +1,14 @@
 """How a step's tokens pass through the model: the seam between the runner and the ways to compute.
 
-TorchExecutor     plain torch, on any device: what every other way is compared with
+runner ─▶ StepExecutor    OneProcess, or the leader of a group of ranks (engine/parallel)
+              └─▶ ModelExecutor    TorchExecutor: plain torch, on any device, what every other way is compared with;
+                                   engine/cpu, engine/cuda
 """
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.attention import AttentionPlan
@@ -14,15 +18,64 @@ from engine.models.causal_lm import CausalLM
 
 
 class ModelExecutor(Protocol):
-    """A model with its KV cache. Not thread-safe; what it returns is valid until its next call."""
+    """A model, or a rank's shard of one, with its KV cache.
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Writes the K and V of the batch's T tokens and returns the R wanted hidden states [R, hidden]."""
+    Not thread-safe; what it returns is valid until its next call.
+    """
+
+    def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Writes the K and V of the batch's T tokens.
+
+        Args:
+            hidden: [T, hidden] of the stage before, where this is not the first one of a pipeline.
+
+        Returns:
+            The R wanted hidden states [R, hidden]; of a stage that is not the last, all [T, hidden].
+        """
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, vocab] float32, of R rows [R, hidden] of what `forward` returned. The caller may overwrite them."""
+    def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, vocab] float32, of R rows [R, hidden] of what `forward` returned, in `place` if that is given.
+
+        The caller may overwrite them.
+        """
         ...
+
+
+class StepExecutor(Protocol):
+    """All of a model, as the runner has its steps computed: by this process, or by a group of them."""
+
+    def run(self, batch: Batch) -> None:
+        """Writes the K and V of the batch's tokens."""
+        ...
+
+    def logits(self, index: int) -> torch.Tensor:
+        """[len(rows), vocab] float32 of `rows = batch.logit_rows[index]`, in the order of the indices.
+
+        Valid until the next call; the caller may overwrite them.
+        """
+        ...
+
+
+class OneProcess:
+    """Implements StepExecutor with a whole model."""
+
+    def __init__(self, executor: ModelExecutor) -> None:
+        self._executor = executor
+        self._rows: tuple[npt.NDArray[np.int64], ...] = ()
+        self._wanted = torch.empty(0)
+
+    def run(self, batch: Batch) -> None:
+        self._rows = batch.logit_rows
+        self._wanted = self._executor.forward(batch)
+
+    def logits(self, index: int) -> torch.Tensor:
+        return self._executor.logits(rows_of(self._wanted, self._rows[index]))
+
+
+def rows_of(hidden: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    """Those rows, in memory that is read through where all are asked for."""
+    return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(hidden.device)]
 
 
 def wanted_states(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -34,13 +87,15 @@ def wanted_states(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
 class TorchExecutor:
     """Runs the model's modules one by one."""
 
-    def __init__(self, model: CausalLM, kv_cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, kv_cache: KVCache, *, last_stage: bool = True) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._last_stage = last_stage
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        hidden = self._model.forward(batch, AttentionPlan(batch, self._kv_cache))
-        return wanted_states(hidden, batch)
+    def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        output = self._model.forward(batch, AttentionPlan(batch, self._kv_cache), hidden)
+        return wanted_states(output, batch) if self._last_stage else output
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(hidden)
+    def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self._model.logits(hidden)
+        return logits if place is None else place.copy_(logits)

@@ -9,7 +9,9 @@ from torch import nn
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.weights.checkpoint import Checkpoint, StoredTensor
+from engine.models.parallel_layers import Reduce, alone
+from engine.parallel.shard import Shard, shard_of
+from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -22,20 +24,41 @@ _OUTPUT = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How a model is split over ranks, and which of them this is; see engine/parallel.
+
+    Attributes:
+        reduce: Sums over the ranks that share a layer.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+    reduce: Reduce = alone
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, and what tells it apart from others (`digest`, 64 hex digits)."""
+    """A model, or a rank's shard of one, ready to run, and what tells the model apart (`digest`, 64 hex digits)."""
 
     model: CausalLM
     config: ModelConfig
     digest: str
+    shard: Shard
 
     @property
     def name(self) -> str:
         return self.config.name
 
 
-def load_model(source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]) -> LoadedModel:
-    """Loads the model that `source` names. Takes memory for its parameters and one tensor.
+def load_model(
+    source: str,
+    dtype: str,
+    device: torch.device,
+    on_progress: Callable[[int, int], None],
+    split: Split = Split(),
+) -> LoadedModel:
+    """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor.
 
     Args:
         source: A Hugging Face model directory, a .gguf file or a Hub id.
@@ -48,32 +71,40 @@ def load_model(source: str, dtype: str, device: torch.device, on_progress: Calla
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
-    model = build_model(checkpoint.config)
-    wanted = _checked(model, checkpoint)
-    total = sum(tensor.num_bytes for tensor in wanted)
+    shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
+    _check(build_model(checkpoint.config), checkpoint)
+    model = build_model(checkpoint.config, shard, split.reduce)
+    parts = _parts(model)
+    wanted = [tensor for tensor in checkpoint.tensors.values() if tensor.name in parts]
+    total = sum(part_bytes(tensor, parts[tensor.name]) for tensor in wanted)
     done = 0
     on_progress(done, total)
     for tensor in wanted:
-        values = checkpoint.read(tensor.name, DTYPES[dtype])
+        values = checkpoint.read(tensor.name, DTYPES[dtype], parts[tensor.name])
         _assign(model, tensor.name, values.to(device))
-        done += tensor.num_bytes
+        done += part_bytes(tensor, parts[tensor.name])
         on_progress(done, total)
     # The parameters are there already: this moves what the model computed for itself.
     model.to(device)
-    return LoadedModel(model, checkpoint.config, model_digest(checkpoint))
+    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard)
 
 
-def _checked(model: nn.Module, checkpoint: Checkpoint) -> list[StoredTensor]:
-    """The tensors to read, each known to fit its parameter, in the order of the files.
+def _parts(model: nn.Module) -> dict[str, Part]:
+    """What each parameter is of the checkpoint's tensor of that name."""
+    parts = {}
+    for name, _ in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        parts[name] = getattr(model.get_submodule(owner), "parts", {}).get(leaf, WHOLE)
+    return parts
 
-    Raises ConfigError where a parameter has no tensor, a tensor no parameter, or shapes differ.
-    """
+
+def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no parameter, or shapes differ."""
     parameters = dict(model.named_parameters())
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in parameters:
         if name not in checkpoint.tensors:
             raise ConfigError(f"{files}: tensor {name} is missing: get the checkpoint anew, or check its config")
-    wanted = []
     for tensor in checkpoint.tensors.values():
         if tensor.name in parameters:
             expected = tuple(parameters[tensor.name].shape)
@@ -82,13 +113,11 @@ def _checked(model: nn.Module, checkpoint: Checkpoint) -> list[StoredTensor]:
                     f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, and the config asks for "
                     f"{list(expected)}: get config and weights from the same place"
                 )
-            wanted.append(tensor)
         elif not _is_redundant(tensor.name, checkpoint.config):
             raise ConfigError(
                 f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
                 "config: get config and weights from the same place"
             )
-    return wanted
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:

@@ -6,14 +6,14 @@ something has changed. A seat's memory is written over when it gets its next req
 one ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from engine.batch import Batch
-from engine.executor import ModelExecutor
+from engine.executor import StepExecutor
 from engine.request import Request
 from engine.sampler import Sampler
 from engine.sampling_ops import SamplingOps
@@ -22,7 +22,7 @@ from engine.torch_sampling import TorchSampling
 from pdmesh.types import TokenLogprob
 
 # Rows of prompt logits computed at once: vocabularies are large.
-_PROMPT_LOGITS_ROWS = 64
+PROMPT_LOGITS_ROWS = 64
 
 
 class ModelRunner:
@@ -43,7 +43,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        executor: ModelExecutor,
+        executor: StepExecutor,
         *,
         device: torch.device,
         block_size: int,
@@ -67,16 +67,15 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan, batch: Batch) -> StepResult:
         """Computes the plan's tokens, writing their KV, and samples where it says so. `batch` was built of it."""
-        hidden = self._executor.forward(batch)
+        self._executor.run(batch)
         self._context_lens[self._decode_seats] += 1
-        first_row = len(plan.decodes)
-        prompt_logprobs = {}
+        prompt_logprobs: dict[Request, list[TokenLogprob]] = {}
+        calls = iter(range(len(batch.logit_rows)))
         for chunk in plan.prefills:
             self._context_lens[chunk.request.seat] += chunk.num_tokens
             if chunk.request.prompt_logprobs is not None:
-                prompt_logprobs[chunk.request] = self._prompt_logprobs(chunk, hidden[first_row:])
-            first_row += _num_outputs(chunk)
-        token_ids, logprobs = self._sample(plan, batch, hidden)
+                prompt_logprobs[chunk.request] = self._prompt_logprobs(chunk, calls)
+        token_ids, logprobs = self._sample(plan, calls)
         return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def build_batch(self, plan: StepPlan) -> Batch:
@@ -110,6 +109,7 @@ class ModelRunner:
             seq_lens=seq_lens,
             block_tables=self._on_device(self._block_tables[seats, : blocks.max() + 1]),
             output_lens=output_lens,
+            logit_rows=tuple(_logit_rows(plan, output_lens)),
         )
 
     def _take_in(self, plan: StepPlan) -> None:
@@ -127,9 +127,7 @@ class ModelRunner:
             self._decodes = plan.decodes
             self._decode_seats = np.array([request.seat for request in plan.decodes], np.int64)
 
-    def _sample(
-        self, plan: StepPlan, batch: Batch, hidden: torch.Tensor
-    ) -> tuple[list[int], dict[Request, TokenLogprob]]:
+    def _sample(self, plan: StepPlan, calls: Iterator[int]) -> tuple[list[int], dict[Request, TokenLogprob]]:
         """The next tokens of those that sample, in the plan's order, and their logprobs."""
         requests: Sequence[Request] = plan.decodes
         seats = self._decode_seats
@@ -138,26 +136,21 @@ class ModelRunner:
             seats = np.append(seats, [request.seat for request in ended])
         if not requests:
             return [], {}
-        if len(requests) < len(hidden):
-            ends = batch.output_lens.cumsum()
-            samples = np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills])
-            hidden = hidden[torch.from_numpy(ends[samples] - 1)]
-        logits = self._executor.logits(hidden)
+        logits = self._executor.logits(next(calls))
         token_ids = self._sampler.sample(logits, requests, seats)
         self._next_ids[seats] = token_ids
         return token_ids.tolist(), self._sampler.logprobs(logits, requests, seats, token_ids)
 
-    def _prompt_logprobs(self, chunk: PrefillChunk, hidden: torch.Tensor) -> list[TokenLogprob]:
+    def _prompt_logprobs(self, chunk: PrefillChunk, calls: Iterator[int]) -> list[TokenLogprob]:
         """Of the prompt tokens that follow the chunk's tokens, each judged by the hidden row before it."""
         request = chunk.request
         first = request.num_computed_tokens + 1
-        targets = request.token_ids[first : min(first + chunk.num_tokens, request.num_prompt_tokens)]
+        targets = request.token_ids[first : first + _num_judged(chunk)]
         num_top = request.sampling.prompt_logprobs or 0
         logprobs: list[TokenLogprob] = []
-        for start in range(0, len(targets), _PROMPT_LOGITS_ROWS):
-            part = targets[start : start + _PROMPT_LOGITS_ROWS]
-            logits = self._executor.logits(hidden[start : start + len(part)])
-            logprobs += self._sampler.judge(logits, part, num_top)
+        for start in range(0, len(targets), PROMPT_LOGITS_ROWS):
+            logits = self._executor.logits(next(calls))
+            logprobs += self._sampler.judge(logits, targets[start : start + PROMPT_LOGITS_ROWS], num_top)
         return logprobs
 
     def _on_device(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -169,6 +162,26 @@ def _num_outputs(chunk: PrefillChunk) -> int:
     if chunk.request.prompt_logprobs is not None:
         return chunk.num_tokens
     return int(chunk.samples)
+
+
+def _num_judged(chunk: PrefillChunk) -> int:
+    """How many prompt tokens follow the chunk's tokens, each one after one of them; the last may be an output's."""
+    request = chunk.request
+    return min(chunk.num_tokens, request.num_prompt_tokens - request.num_computed_tokens - 1)
+
+
+def _logit_rows(plan: StepPlan, output_lens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    """Of the wanted states, which logits are asked for: those that judge prompt tokens, some at a time; at last those
+    that somebody samples from."""
+    ends = output_lens.cumsum()
+    for chunk, end in zip(plan.prefills, ends[len(plan.decodes) :], strict=True):
+        if chunk.request.prompt_logprobs is not None:
+            rows = np.arange(end - chunk.num_tokens, end)[: max(0, _num_judged(chunk))]
+            for start in range(0, len(rows), PROMPT_LOGITS_ROWS):
+                yield rows[start : start + PROMPT_LOGITS_ROWS]
+    samples = np.array([True] * len(plan.decodes) + [chunk.samples for chunk in plan.prefills])
+    if samples.any():
+        yield ends[samples] - 1
 
 
 def _chunk_ids(chunk: PrefillChunk) -> npt.NDArray[np.int64]:

@@ -1,17 +1,19 @@
 """Runs a model on a CPU with the kernels: one call for all layers of a step, which leaves the interpreter free."""
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from engine.batch import Batch
-from engine.cpu.library import Decoder, Finish, Kernels, Kind, Operation, Step
-from engine.cpu.llama import lower_llama
+from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
+from engine.cpu.llama import PartialRows, lower_llama
 from engine.cpu.packing import PACK, Packer, padded
-from engine.cpu.program import Program
+from engine.cpu.program import Program, Rows
 from engine.kv_cache import KVCache, KVLayout
+from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
-from engine.models.causal_lm import CausalLM
 from engine.models.llama import LlamaForCausalLM
 from engine.rope import rotation_table
 
@@ -33,72 +35,108 @@ def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLa
     return KVLayout(PACK[dtype])
 
 
+@dataclass(frozen=True, slots=True)
+class SharedSums:
+    """How ranks that share every layer add up their partial results: over shared memory, within the kernels' one call.
+
+    Attributes:
+        group: Of these ranks.
+        partial_rows: Where the results lie meanwhile.
+    """
+
+    group: Group
+    partial_rows: PartialRows
+
+
+# Or between calls of the kernels, by whatever sums a float32 tensor over the ranks in place.
+SumsBetween = Callable[[torch.Tensor], torch.Tensor]
+
+
 class CpuExecutor:
     """A `ModelExecutor`. Takes the model's weights out of it.
 
     Args:
-        kv_cache: In `cpu_layout`.
+        kv_cache: In `cpu_layout`; of the heads and layers of the model's shard.
         max_tokens: Of a step.
         max_position: Tokens of the longest request.
+        sums: Of ranks that share layers.
     """
 
     def __init__(
         self,
         kernels: Kernels,
-        model: CausalLM,
-        config: ModelConfig,
+        loaded: LoadedModel,
         kv_cache: KVCache,
         *,
         max_tokens: int,
         max_position: int,
         num_threads: int,
+        sums: SharedSums | SumsBetween | None = None,
     ) -> None:
-        assert isinstance(model, LlamaForCausalLM)
+        config, shard = loaded.config, loaded.shard
+        assert isinstance(loaded.model, LlamaForCausalLM)
+        assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
-        self._model = lower_llama(model, self._program, Packer(kernels))
-        self._operations = self._program.compile()
+        within = sums if isinstance(sums, SharedSums) else None
+        partial_rows = within.partial_rows if within else self._private_rows
+        self._model = lower_llama(loaded.model, shard, self._program, Packer(kernels), partial_rows)
+        self._sum_between = sums if callable(sums) else None
+        self._segments = self._program.segments() if self._sum_between else [(self._program.compile(), None)]
         # Its memory is used by address.
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
         self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position + _LANES)
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=len(shard.heads),
+            num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
             cosines=self._cosines.data_ptr(),
             sines=self._sines.data_ptr(),
             score_scale=config.head_dim**-0.5,
+            group=ctypes.pointer(within.group) if within else None,
         )
         # Memory is taken from the system as it is first written: rows that no step needs cost nothing.
-        self._logits = torch.empty(max_tokens, padded(config.vocab_size))
+        self._logits = torch.empty(max_tokens, padded(len(shard.vocab)))
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        self._run(self._step(batch), self._operations, self._model.num_weights)
-        hidden = self._model.hidden
-        return hidden.values[: int(batch.output_lens.sum()), : hidden.width]
+    def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        step, num_tokens, num_outputs = self._step(batch), len(batch.input_ids), int(batch.output_lens.sum())
+        residual = self._model.residual
+        if hidden is not None:
+            residual.values[:num_tokens, : residual.width] = hidden
+        for operations, partial in self._segments:
+            self._run(step, operations, self._model.num_weights // len(self._segments))
+            if partial is not None and (num_rows := num_outputs if partial.outputs_only else num_tokens):
+                assert self._sum_between is not None
+                self._sum_between(partial.values[:num_rows])
+        output = self._model.hidden
+        return output.values[: num_tokens if self._model.lm_head is None else num_outputs, : output.width]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
         num_rows, lm_head = len(hidden), self._model.lm_head
+        assert lm_head is not None
+        # The kernels write whole panels: a place's columns end with one, or what comes after them in a row is free.
+        logits = self._logits[:num_rows, : lm_head.n] if place is None else place
         project = Operation(
             kind=Kind.PROJECT,
             finish=Finish.STORE,
             input=hidden.data_ptr(),
             input_bytes=hidden.stride(0) * hidden.itemsize,
-            output=self._logits.data_ptr(),
-            output_bytes=self._logits.stride(0) * self._logits.itemsize,
+            output=logits.data_ptr(),
+            output_bytes=logits.stride(0) * logits.itemsize,
             weight=lm_head.values.data_ptr(),
             bias=lm_head.bias.data_ptr(),
             n=lm_head.n,
             k=lm_head.k,
         )
-        assert num_rows <= len(self._logits)
         self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
-        return self._logits[:num_rows, : lm_head.n]
+        return logits
+
+    def _private_rows(self, place: int, width: int) -> Rows:
+        return self._program.rows(width, torch.float32)
 
     def _step(self, batch: Batch) -> Step:
         """Addresses of the batch's arrays, which must live as long."""

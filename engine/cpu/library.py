@@ -18,6 +18,7 @@ class Kind(IntEnum):
     PROJECT = 2
     ATTEND = 3
     SELECT = 4
+    REDUCE = 5
 
 
 class Finish(IntEnum):
@@ -45,6 +46,22 @@ class Operation(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("rank_bytes", ctypes.c_int64),
+    )
+
+
+class Group(ctypes.Structure):
+    """The ranks of one host that share layers; memory that they share, and this rank's place among them."""
+
+    _fields_ = (
+        ("given_up", ctypes.c_void_p),
+        ("met", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("slot_bytes", ctypes.c_int64),
+        ("rank", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("num_meetings", ctypes.c_uint32),
     )
 
 
@@ -59,6 +76,7 @@ class Decoder(ctypes.Structure):
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
         ("score_scale", ctypes.c_float),
+        ("group", ctypes.POINTER(Group)),
     )
 
 
@@ -75,6 +93,36 @@ class Step(ctypes.Structure):
         ("output_lens", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
     )
+
+
+class Meetings:
+    """How ranks of one host wait for each other; calls leave the interpreter free. The words lie in shared memory."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._all_reduce = library["pdmesh_all_reduce"]
+        self._all_reduce.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        self._all_reduce.restype = ctypes.c_int32
+        self._post = library["pdmesh_post"]
+        self._post.argtypes = [ctypes.c_void_p, ctypes.c_uint32]
+        self._post.restype = None
+        self._wait = library["pdmesh_wait"]
+        self._wait.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p]
+        self._wait.restype = ctypes.c_int32
+
+    def all_reduce(self, group: Group, values: torch.Tensor) -> bool:
+        """Sums contiguous float32 values over the group, in place. False if the group was given up."""
+        assert values.dtype == torch.float32
+        assert values.is_contiguous()
+        return bool(self._all_reduce(ctypes.addressof(group), values.data_ptr(), values.numel()))
+
+    def post(self, word: int, value: int) -> None:
+        """Says that the word at an address has come to `value`."""
+        self._post(word, value & 0xFFFFFFFF)
+
+    def wait(self, word: int, value: int, given_up: int) -> bool:
+        """Waits for a word to come to `value`. False if the group was given up meanwhile."""
+        return bool(self._wait(word, value & 0xFFFFFFFF, given_up))
 
 
 class Kernels:

@@ -1,6 +1,7 @@
 """Llama as a program of the kernels: the arithmetic of engine/models/llama.py, operation by operation."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -9,6 +10,14 @@ from engine.cpu.library import Finish
 from engine.cpu.packing import PackedMatrix, Packer
 from engine.cpu.program import Program, Rows
 from engine.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from engine.models.parallel_layers import VocabParallelEmbedding
+from engine.parallel.shard import Shard
+
+
+class PartialRows(Protocol):
+    """Where ranks that share layers put their partial results for each other, in float32: 3 places, used in turn."""
+
+    def __call__(self, place: int, width: int) -> Rows: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,46 +25,70 @@ class LoweredModel:
     """What a program was made of, beside its operations.
 
     Attributes:
-        hidden: Where the step's final hidden states come to lie.
-        lm_head: From them to logits.
+        residual: What enters at every stage but the first, and leaves at every stage but the last.
+        hidden: Where the step's final hidden states come to lie, at the last stage.
+        lm_head: From them to logits, at the last stage.
         num_weights: Of the layers.
     """
 
+    residual: Rows
     hidden: Rows
-    lm_head: PackedMatrix
+    lm_head: PackedMatrix | None
     num_weights: int
 
 
-def lower_llama(model: LlamaForCausalLM, program: Program, packer: Packer) -> LoweredModel:
+def lower_llama(
+    model: LlamaForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
+) -> LoweredModel:
     """Packs the model's weights, taking each out of the model, and appends its operations to `program`."""
     decoder = model.model
-    embedding = _packed(packer, decoder.embed_tokens)
-    residual = program.rows(embedding.k, torch.float32)
-    normed = program.rows(embedding.k)
-    program.embed(embedding, residual)
+    embedding = None if decoder.embed_tokens is None else _packed(packer, decoder.embed_tokens)
+    width = decoder.hidden_size
+    residual = whole_residual = program.rows(width, torch.float32)
+    normed = program.rows(width)
+    shared = shard.tp_size > 1
+    if shard.first_stage:
+        assert embedding is not None
+        embedded = partial_rows(2, width) if shared else residual
+        program.embed(embedding, shard.vocab.start, embedded)
+        if shared:
+            program.reduce(embedded, residual, Finish.STORE)
+    partials = [partial_rows(place, width) for place in (0, 1)] if shared else []
+
+    def add(source: Rows, matrix: PackedMatrix, place: int) -> None:
+        """The residual += source times the matrix, of which each rank has a part."""
+        if not shared:
+            program.project(source, matrix, residual, Finish.ADD)
+            return
+        partial = partials[place].of_outputs() if residual.outputs_only else partials[place]
+        program.project(source, matrix, partial, Finish.STORE)
+        program.reduce(partial, residual, Finish.ADD)
+
     buffers: _LayerBuffers | None = None
     num_weights = 0
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.layers.values()):
         assert isinstance(layer, LlamaDecoderLayer)
         weights = _LayerWeights.taken(layer, packer)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
         program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
-        if index == len(decoder.layers) - 1:
+        if shard.last_stage and index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
-            wanted = program.rows(residual.width, torch.float32).of_outputs()
+            wanted = program.rows(width, torch.float32).of_outputs()
             program.select(residual, wanted)
             residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
         program.attend(index, buffers.queries, buffers.attended)
-        program.project(buffers.attended, weights.output, residual, Finish.ADD)
+        add(buffers.attended, weights.output, 0)
         norm = layer.post_attention_layernorm
         program.rms_norm(residual, norm.weight, norm.eps, normed)
         program.project(normed, weights.gate_up, buffers.activated, Finish.SILU_MULTIPLY)
-        program.project(buffers.activated, weights.down, residual, Finish.ADD)
+        add(buffers.activated, weights.down, 1)
+    if decoder.norm is None:
+        return LoweredModel(whole_residual, whole_residual, None, num_weights)
     program.rms_norm(residual, decoder.norm.weight, decoder.norm.eps, normed)
     lm_head = embedding if model.lm_head is None else _packed(packer, model.lm_head)
-    return LoweredModel(normed, lm_head, num_weights)
+    return LoweredModel(whole_residual, normed, lm_head, num_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +134,11 @@ class _LayerBuffers:
         )
 
 
-def _packed(packer: Packer, *modules: nn.Linear | nn.Embedding) -> PackedMatrix:
+def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> PackedMatrix:
     return packer.side_by_side(*_taken(*modules))
 
 
-def _taken(*modules: nn.Linear | nn.Embedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def _taken(*modules: nn.Linear | VocabParallelEmbedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
     weights = [module.weight.data for module in modules]
     biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]

@@ -12,17 +12,26 @@ from engine.cpu.packing import PACK, PackedMatrix, padded
 _ROW_PADDING = 32
 
 
+def row_values(width: int) -> int:
+    """Values from one row of `width` to the next."""
+    return padded(width) + _ROW_PADDING
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """A buffer of `width` values for each token of a step; `values` [max_tokens, padded width] begin as zeros.
 
     Attributes:
         outputs_only: It holds rows of those tokens alone whose hidden states are wanted, one after the other.
+        rank_bytes: Of partial results: where each rank has such a buffer, from one rank's to the next one's.
+        rank: Whose this one is.
     """
 
     values: torch.Tensor
     width: int
     outputs_only: bool = False
+    rank_bytes: int = 0
+    rank: int = 0
 
     def of_outputs(self) -> "Rows":
         """The same memory, for rows of the wanted tokens alone."""
@@ -31,6 +40,10 @@ class Rows:
     @property
     def address(self) -> int:
         return self.values.data_ptr()
+
+    @property
+    def first_rank_address(self) -> int:
+        return self.address - self.rank * self.rank_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -49,15 +62,17 @@ class Program:
         self._dtype = dtype
         self._operations: list[Operation] = []
         self._kept: list[torch.Tensor] = []
+        # Of each sum.
+        self._partials: list[Rows] = []
 
     def rows(self, width: int, dtype: torch.dtype | None = None) -> Rows:
         """A buffer, of the weights' dtype if none is given."""
-        values = torch.zeros(self._max_tokens, padded(width) + _ROW_PADDING, dtype=dtype or self._dtype)
-        return Rows(values, width)
+        return Rows(torch.zeros(self._max_tokens, row_values(width), dtype=dtype or self._dtype), width)
 
-    def embed(self, table: PackedMatrix, output: Rows) -> None:
-        """output = the table's rows of the tokens. `output` is float32, as are all residuals."""
-        self._add(Kind.EMBED, None, output, weight=table.values, n=table.n, k=table.k)
+    def embed(self, table: PackedMatrix, first_token: int, output: Rows) -> None:
+        """output = the table's rows of the tokens, which begin with `first_token`'s; of tokens that it has not, zeros.
+        `output` is float32, as are all residuals."""
+        self._add(Kind.EMBED, None, output, weight=table.values, n=table.n, k=table.k, first=first_token)
 
     def rms_norm(self, source: Rows, scale: torch.Tensor, epsilon: float, output: Rows) -> None:
         wide = torch.zeros(padded(source.width))
@@ -89,9 +104,34 @@ class Program:
         assert source.values.dtype == output.values.dtype == torch.float32
         self._add(Kind.SELECT, source, output, k=source.width)
 
+    def reduce(self, partial: Rows, output: Rows, finish: Finish) -> None:
+        """output = the sum of all ranks' rows of `partial`, or that on top of what is there."""
+        self._add(
+            Kind.REDUCE,
+            partial,
+            output,
+            finish=finish,
+            n=padded(partial.width),
+            first=len(self._partials),
+            rank_bytes=partial.rank_bytes,
+        )
+        self._partials.append(partial)
+
     def compile(self) -> "ctypes.Array[Operation]":
         """What `Kernels.run` takes. Valid while this program lives."""
         return (Operation * len(self._operations))(*self._operations)
+
+    def segments(self) -> "list[tuple[ctypes.Array[Operation], Rows | None]]":
+        """As `compile`, cut before each sum: what to run, and the partial results that are whole then.
+
+        A sum that finds no group takes this rank's own rows, into which others' were added meanwhile.
+        """
+        cuts = [index for index, operation in enumerate(self._operations) if operation.kind == Kind.REDUCE]
+        segments: list[tuple[ctypes.Array[Operation], Rows | None]] = []
+        for begin, end, partial in zip([0, *cuts], [*cuts, None], [*self._partials, None], strict=True):
+            operations = self._operations[begin:end]
+            segments.append(((Operation * len(operations))(*operations), partial))
+        return segments
 
     def _add(
         self,
@@ -106,6 +146,8 @@ class Program:
         epsilon: float = 0.0,
         n: int = 0,
         k: int = 0,
+        first: int = 0,
+        rank_bytes: int = 0,
     ) -> None:
         self._kept += [rows.values for rows in (source, output) if rows is not None]
         self._kept += [tensor for tensor in (weight, bias) if tensor is not None]
@@ -116,7 +158,7 @@ class Program:
                 outputs_only=output.outputs_only,
                 layer=layer,
                 epsilon=epsilon,
-                input=None if source is None else source.address,
+                input=None if source is None else source.first_rank_address if kind is Kind.REDUCE else source.address,
                 input_bytes=0 if source is None else source.row_bytes,
                 output=output.address,
                 output_bytes=output.row_bytes,
@@ -124,5 +166,7 @@ class Program:
                 bias=None if bias is None else bias.data_ptr(),
                 n=n,
                 k=k,
+                first=first,
+                rank_bytes=rank_bytes,
             )
         )

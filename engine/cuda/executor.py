@@ -36,11 +36,13 @@ class CudaExecutor:
         log.info("compiled the attention kernels in %.1f s", self._eager.warm_up())
         self._graphs = DecodeGraphs(model, paged, max_num_seqs=max_num_seqs, max_blocks=max_blocks)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        assert hidden is None, "a stage of a pipeline runs in plain torch"
         if batch.query_lens.max() == 1:
             return self._graphs.replay(batch)
         return self._eager.forward(batch)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
         # Not in the graphs: the host launches this while the device is still at the layers.
-        return self._model.logits(hidden)
+        logits = self._model.logits(hidden)
+        return logits if place is None else place.copy_(logits)

@@ -12,76 +12,100 @@ from engine.attention import Attention
 from engine.batch import Batch
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
+from engine.models.parallel_layers import (
+    ColumnParallelLinear,
+    Reduce,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    times,
+)
+from engine.parallel.shard import Shard
 from engine.rope import angles, inverse_frequencies, rotate
 
 
 class LlamaForCausalLM(CausalLM):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, reduce: Reduce) -> None:
         super().__init__()
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: ColumnParallelLinear | None = None
         with torch.device("meta"):
-            self.model = LlamaModel(config)
-            if not config.tie_word_embeddings:
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.model = LlamaModel(config, shard, reduce)
+            if shard.last_stage and not config.tie_word_embeddings:
+                self.lm_head = ColumnParallelLinear(config.hidden_size, shard.vocab, bias=False)
         self.requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
-        hidden: torch.Tensor = self.model(batch, attention)
-        return hidden
+    def forward(self, batch: Batch, attention: Attention, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        output: torch.Tensor = self.model(batch, attention, hidden)
+        return output
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight).float()
+        head = self.lm_head or self.model.embed_tokens
+        assert head is not None
+        return F.linear(hidden, head.weight).float()
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """A stage of the model: the first embeds tokens, and the last normalises what the output matrix reads."""
+
+    def __init__(self, config: ModelConfig, shard: Shard, reduce: Reduce) -> None:
         super().__init__()
-        # Not by the constructor: for initial values, which nobody reads, it imports torch's compiler, and that takes
-        # a second.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight)  # type: ignore[no-untyped-call]
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_size = config.hidden_size
+        self.embed_tokens: VocabParallelEmbedding | None = None
+        if shard.first_stage or (shard.last_stage and config.tie_word_embeddings):
+            self.embed_tokens = VocabParallelEmbedding(shard.vocab, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict(
+            {str(layer): LlamaDecoderLayer(config, shard, layer - shard.layers.start, reduce) for layer in shard.layers}
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if shard.last_stage else None
         self.attention_scaling = config.rope.attention_scaling
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config.rope, config.head_dim), persistent=False)
+        self._reduce = reduce
 
-    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
+    def forward(self, batch: Batch, attention: Attention, hidden: torch.Tensor | None) -> torch.Tensor:
         cos, sin = angles(batch.positions, self.inv_freq, self.attention_scaling)
-        hidden: torch.Tensor = self.embed_tokens(batch.input_ids)
-        for layer in self.layers:
+        if hidden is None:
+            assert self.embed_tokens is not None
+            hidden = self._reduce(self.embed_tokens(batch.input_ids))
+        for layer in self.layers.values():
             hidden = layer(hidden, cos, sin, attention)
-        normed: torch.Tensor = self.norm(hidden)
-        return normed
+        assert hidden is not None
+        return hidden if self.norm is None else self.norm(hidden)
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, shard: Shard, layer: int, reduce: Reduce) -> None:
         super().__init__()
-        self.self_attn = LlamaAttention(config, layer)
-        self.mlp = LlamaMLP(config)
+        self.self_attn = LlamaAttention(config, shard, layer)
+        self.mlp = LlamaMLP(config, shard)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._reduce = reduce
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
-        attended: torch.Tensor = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attention)
-        output: torch.Tensor = attended + self.mlp(self.post_attention_layernorm(attended))
+        attended = hidden + self._reduce(self.self_attn(self.input_layernorm(hidden), cos, sin, attention))
+        output: torch.Tensor = attended + self._reduce(self.mlp(self.post_attention_layernorm(attended)))
         return output
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    """The attention of some heads.
+
+    Args:
+        layer: Counted from the first of this stage.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        queries, keys = times(shard.heads, config.head_dim), times(shard.kv_heads, config.head_dim)
+        bias = config.attention_bias
+        self.q_proj = ColumnParallelLinear(config.hidden_size, queries, bias=bias)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, keys, bias=bias)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, keys, bias=bias)
+        self.o_proj = RowParallelLinear(queries, config.hidden_size, bias=bias and shard.tp_rank == 0)
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
         num_tokens = len(hidden)
@@ -93,11 +117,14 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """Some columns of the MLP."""
+
+    def __init__(self, config: ModelConfig, shard: Shard) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        columns, bias = shard.intermediate, config.mlp_bias
+        self.gate_proj = ColumnParallelLinear(config.hidden_size, columns, bias=bias)
+        self.up_proj = ColumnParallelLinear(config.hidden_size, columns, bias=bias)
+        self.down_proj = RowParallelLinear(columns, config.hidden_size, bias=bias and shard.tp_rank == 0)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))

@@ -29,6 +29,17 @@ class StoredTensor:
     file: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which rows and columns of a stored tensor: None for all. Of a vector, `rows` says which values."""
+
+    rows: range | None = None
+    columns: range | None = None
+
+
+WHOLE = Part()
+
+
 class Checkpoint(Protocol):
     """Open model files. Opening read only headers; `read` reads values.
 

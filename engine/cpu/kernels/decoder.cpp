@@ -4,11 +4,12 @@
 // and K and V are the weights' type. The C interface is mirrored in engine/cpu/library.py.
 
 #include "attention.h"
+#include "group.h"
 #include "matrix.h"
 
 namespace pdmesh {
 
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect };
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce };
 
 // What becomes of a product's sums; kRotate makes queries, and stores keys and values.
 enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
@@ -29,6 +30,8 @@ struct Operation {
   const void* weight;  // a packed matrix, or a norm's scale in float32
   const float* bias;   // of a product: padded to whole panels
   int64_t n, k;
+  int64_t first;       // of an embedding: the token of its first row; of a sum: which of the run's it is, from 0
+  int64_t rank_bytes;  // of a sum: from one rank's rows to the next one's
 };
 
 struct Decoder {
@@ -37,6 +40,7 @@ struct Decoder {
   const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
   float score_scale;
+  Group* group;  // whose sums a kReduce takes; null: this rank's own rows are whole already
 };
 
 struct Step {
@@ -86,6 +90,8 @@ class StepRun {
         return attend(team, operation);
       case Kind::kSelect:
         return select(team, operation);
+      case Kind::kReduce:
+        return reduce(team, operation);
     }
   }
 
@@ -101,7 +107,10 @@ class StepRun {
     const PackedMatrix<Element> table = matrix(op);
     team.for_each(step_.num_tokens, [&](int64_t row) {
       float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
-      for (int64_t i = 0; i < op.k; ++i) output[i] = Element::widen_one(table.at(step_.token_ids[row], i));
+      const int64_t token = step_.token_ids[row] - op.first;
+      // Of other ranks' tokens, nothing.
+      const bool ours = token >= 0 && token < op.n;
+      for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? Element::widen_one(table.at(token, i)) : 0.0f;
     });
   }
 
@@ -180,6 +189,26 @@ class StepRun {
     });
   }
 
+  // Adds up all ranks' rows of n float32 values, in place of the output or on top of it.
+  void reduce(Team& team, const Operation& op) const {
+    const int num_ranks = decoder_.group ? decoder_.group->size : 1;
+    if (num_ranks > 1) {
+      // This rank's rows are whole: the team has met after what wrote them.
+      const uint32_t number = decoder_.group->num_meetings + uint32_t(op.first) + 1;
+      if (team.is_first()) decoder_.group->come(number);
+      decoder_.group->wait(number);
+    }
+    team.for_each(num_rows(op), [&](int64_t row) {
+      float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
+      for (int64_t i = 0; i < op.n; i += 16) {
+        f32x16 sum = op.finish == Finish::kAdd ? load<f32x16>(output + i) : f32x16{};
+        for (int rank = 0; rank < num_ranks; ++rank)
+          sum += load<f32x16>(reinterpret_cast<const float*>(op.input + rank * op.rank_bytes + row * op.input_bytes) + i);
+        store(output + i, sum);
+      }
+    });
+  }
+
   const Decoder& decoder_;
   const Step& step_;
   const PagedCache<Element> cache_;
@@ -197,6 +226,8 @@ void run(const Decoder& decoder, const Step& step, const Operation* operations, 
   run_team(num_threads, [&](Team& team) {
     for (int64_t i = 0; i < num_operations; ++i) step_run.run(team, operations[i]);
   });
+  if (decoder.group)
+    for (int64_t i = 0; i < num_operations; ++i) decoder.group->num_meetings += operations[i].kind == Kind::kReduce;
 }
 
 }  // namespace pdmesh
@@ -221,5 +252,18 @@ void pdmesh_pack_float32(float* packed, const float* matrix, int64_t n, int64_t 
 void pdmesh_pack_bfloat16(uint16_t* packed, const uint16_t* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
                           int64_t stride) {
   pdmesh::pack_matrix<pdmesh::BFloat16>(packed, matrix, n, k, base, group, stride);
+}
+
+// Sums values[n] over the ranks of a group; 0 if it was given up.
+int32_t pdmesh_all_reduce(pdmesh::Group* group, float* values, int64_t n) {
+  return pdmesh::all_reduce(*group, values, n);
+}
+
+// Says that `word` has come to `value`.
+void pdmesh_post(pdmesh::Word* word, uint32_t value) { word->store(value, std::memory_order_release); }
+
+// Waits for that; 0 if the group was given up meanwhile.
+int32_t pdmesh_wait(const pdmesh::Word* word, uint32_t value, const pdmesh::Word* given_up) {
+  return pdmesh::wait_for(*word, value, *given_up);
 }
 }

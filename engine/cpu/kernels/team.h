@@ -21,6 +21,9 @@ class Team {
 
   int num_threads() const { return int(shares_.size()); }
 
+  // Whether the caller is the one of its threads that speaks for all.
+  bool is_first() const { return omp_get_thread_num() == 0; }
+
   // Calls work(item) for each item below num_items, once over all threads, then waits for all.
   template <class Work>
   void for_each(int64_t num_items, Work work) {

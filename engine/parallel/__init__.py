@@ -1,0 +1,12 @@
+"""One model over several ranks: processes that each hold a part of it and compute every step together.
+
+shard         what a rank holds: heads, layers, columns, rows of the vocabulary
+batches       a step, cut into micro-batches for a pipeline
+wire          what the leader says to the others: one small message for each step
+exchange      what ranks give each other within a step: sums, hidden states, logits
+group_memory  … over memory that the ranks of one host share
+distributed   … over torch.distributed, for ranks on several hosts and on GPUs
+rank          one rank's part of a step, the same on all of them
+leader        rank 0, as the runner sees it: a step of the whole group
+follower      every other rank: a process that does what it is told
+"""

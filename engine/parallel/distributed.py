@@ -1,0 +1,147 @@
+"""The exchange of ranks by torch.distributed: Gloo between hosts, NCCL between GPUs.
+
+A collective that waits for a rank that is lost ends when that rank's process does; the supervisors of the group see to
+it that it does, within a second or two (pdmesh/ranks).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+from torch import distributed as dist
+
+from engine.parallel.exchange import GroupDownError
+from engine.parallel.shard import Shard
+from pdmesh.ranks.place import RankPlace
+
+# Nobody learns anything by this running out: see the module. A group may be idle for as long as it likes.
+_TIMEOUT: Final = timedelta(days=1)
+_LEADER: Final = 0
+
+
+class DistributedExchange:
+    """Implements Exchange. All ranks make theirs together.
+
+    Args:
+        dtype: Of hidden states.
+        device: Where tensors are; NCCL where it is CUDA.
+
+    Raises GroupDownError where another rank is lost meanwhile.
+    """
+
+    def __init__(
+        self,
+        place: RankPlace,
+        shard: Shard,
+        *,
+        hidden_size: int,
+        vocab_sizes: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._shard = shard
+        self._hidden_size = hidden_size
+        self._vocab_sizes = vocab_sizes
+        self._dtype = dtype
+        self._device = device
+        with _lost():
+            store = dist.TCPStore(
+                place.leader_host,
+                place.store_port,
+                place.size,
+                is_master=place.rank == _LEADER,
+                timeout=_TIMEOUT,
+                master_listen_fd=place.store_fd,
+            )
+            self._everybody = self._group("group", store, place.rank, place.size, place.host)
+            self._stage = self._group(f"stage{shard.pp_rank}", store, shard.tp_rank, shard.tp_size, place.host)
+        self._sent: list[Any] = []
+
+    def _group(self, name: str, store: dist.Store, rank: int, size: int, host: str) -> Any:
+        own = dist.PrefixStore(name, store)
+        if self._device.type == "cuda":
+            return dist.ProcessGroupNCCL(own, rank, size, _TIMEOUT)
+        options = dist.ProcessGroupGloo._Options()
+        # By this machine's name Gloo might take an interface that the others do not reach.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = _TIMEOUT
+        return dist.ProcessGroupGloo(own, rank, size, options)
+
+    def begin_step(self) -> None:
+        """Every message is its own sign."""
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        if self._shard.tp_size > 1:
+            with _lost():
+                self._stage.allreduce([partial]).wait()
+        return partial
+
+    def receive_hidden(self, rows: slice) -> torch.Tensor | None:
+        if self._shard.first_stage:
+            return None
+        hidden = torch.empty(rows.stop - rows.start, self._hidden_size, dtype=self._dtype, device=self._device)
+        self._receive(hidden, self._shard.pp_rank - 1)
+        return hidden
+
+    def send_hidden(self, rows: slice, hidden: torch.Tensor) -> None:
+        # Each rank to its like of the next stage. The executor uses its memory again before this has left.
+        hidden = hidden.clone()
+        with _lost():
+            work = self._everybody.send([hidden], self._rank_of(self._shard.pp_rank + 1, self._shard.tp_rank), 0)
+        self._sent.append((work, hidden))
+
+    def end_step(self) -> None:
+        with _lost():
+            for work, _ in self._sent:
+                work.wait()
+        self._sent.clear()
+        if self._shard.pp_size == 1 or self._shard.tp_rank:
+            return
+        # A word from the last stage, whose ranks have added up their last sum together.
+        ended = torch.ones(1, device=self._device)
+        if self._shard.last_stage:
+            self._send(ended)
+        elif self._shard.first_stage:
+            self._receive(ended, self._shard.pp_size - 1)
+
+    def logits_place(self, num_rows: int) -> torch.Tensor | None:
+        return None
+
+    def gather_logits(self, num_rows: int, logits: torch.Tensor | None) -> torch.Tensor | None:
+        if not (self._shard.first_stage and self._shard.tp_rank == 0):
+            if logits is not None:
+                self._send(logits)
+            return None
+        parts = []
+        for tp_rank, vocab_size in enumerate(self._vocab_sizes):
+            if tp_rank == 0 and logits is not None:
+                parts.append(logits)
+                continue
+            part = torch.empty(num_rows, vocab_size, device=self._device)
+            self._receive(part, self._shard.pp_size - 1, tp_rank)
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _rank_of(self, stage: int, tp_rank: int) -> int:
+        return stage * self._shard.tp_size + tp_rank
+
+    def _send(self, values: torch.Tensor) -> None:
+        """To the leader."""
+        with _lost():
+            self._everybody.send([values.contiguous()], _LEADER, 0).wait()
+
+    def _receive(self, values: torch.Tensor, stage: int, tp_rank: int | None = None) -> None:
+        rank = self._rank_of(stage, self._shard.tp_rank if tp_rank is None else tp_rank)
+        with _lost():
+            self._everybody.recv([values], rank, 0).wait()
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """What torch.distributed raises means that a rank is not there any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupDownError(f"the ranks lost each other: {error}") from error
