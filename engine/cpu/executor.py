@@ -83,17 +83,23 @@ class CpuExecutor:
         partial_rows = within.partial_rows if within else self._private_rows
         self._model = lower_llama(loaded.model, shard, self._program, Packer(kernels), partial_rows)
         self._sum_between = sums if callable(sums) else None
-        self._segments = self._program.segments() if self._sum_between else [(self._program.compile(), None)]
+        self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
+            self._program.segments() if self._sum_between else [(self._program.compile(), None)]
+        )
         # Its memory is used by address.
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
         self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position + _LANES)
+        block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
+            block_stride=block_stride,
+            head_stride=head_stride,
+            layer_stride=layer_stride,
             cosines=self._cosines.data_ptr(),
             sines=self._sines.data_ptr(),
             score_scale=config.head_dim**-0.5,

@@ -77,7 +77,7 @@ class Ragged:
         self.cache.data.fill_(torch.nan)
         for table, query_len, seq_len in zip(tables, query_lens, seq_lens, strict=True):
             past = torch.arange(seq_len - query_len)
-            stored = torch.randn(len(past), NUM_LAYERS, 2, shape.num_kv_heads, shape.head_dim, generator=generator).to(
+            stored = torch.randn(len(past), shape.num_kv_heads, NUM_LAYERS, 2, shape.head_dim, generator=generator).to(
                 DEVICE, dtype
             )
             self.cache.data[table[past // block_size].to(DEVICE), :, :, :, (past % block_size).to(DEVICE)] = stored
@@ -172,9 +172,9 @@ def test_keys_and_values_are_stored_where_the_slots_say() -> None:
     ragged.attend()
     stored = ragged.cache.data.clone()
     blocks, offsets = ragged.batch.slot_mapping // 16, ragged.batch.slot_mapping % 16
-    assert torch.equal(stored[blocks, LAYER, 0, :, offsets], ragged.k)
-    assert torch.equal(stored[blocks, LAYER, 1, :, offsets], ragged.v)
-    stored[blocks, LAYER, :, :, offsets] = torch.nan
+    assert torch.equal(stored[blocks, :, LAYER, 0, offsets], ragged.k)
+    assert torch.equal(stored[blocks, :, LAYER, 1, offsets], ragged.v)
+    stored[blocks, :, LAYER, :, offsets] = torch.nan
     assert torch.equal(stored.nan_to_num(), before.nan_to_num())
 
 
@@ -195,5 +195,5 @@ def test_queries_keys_and_values_may_be_parts_of_one_matrix() -> None:
     expected = ragged.attend()
     matrix = torch.cat((ragged.q, ragged.k, ragged.v), dim=1)
     ragged.q, ragged.k, ragged.v = torch.split(matrix, [4, 2, 2], dim=1)
-    ragged.cache.data[ragged.batch.slot_mapping // 16, LAYER, :, :, ragged.batch.slot_mapping % 16] = torch.nan
+    ragged.cache.data[ragged.batch.slot_mapping // 16, :, LAYER, :, ragged.batch.slot_mapping % 16] = torch.nan
     assert torch.equal(ragged.attend(), expected)

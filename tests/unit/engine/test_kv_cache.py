@@ -56,7 +56,7 @@ def test_tokens_lie_where_their_slots_say(config: ModelConfig, pack: int | None)
     k, v = torch.randn(2, 2, 16), torch.randn(2, 2, 16)
     cache.write(2, k, v, slots)
     for token, (block, offset) in enumerate([(3, 7), (1, 0)]):
-        keys, values = cache.data[block, 2].flatten(2).unbind()
+        keys, values = cache.data[block, :, 2].flatten(2).unbind(1)
         dims = torch.arange(16)
         in_keys, in_values = _plain_places(offset, dims) if pack is None else _dot_places(offset, dims, pack)
         assert torch.equal(keys[:, in_keys], k[token])
