@@ -1,4 +1,8 @@
-"""From a config to an engine that can be stepped: the model, then a KV cache in the memory which that leaves."""
+"""From a config to an engine that can be stepped: the model, then a KV cache in the memory which that leaves.
+
+In a group of ranks each does so with its shard, and between loading and making they agree on the number of blocks
+(engine/parallel/wire.py).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +10,21 @@ from typing import Protocol
 
 import torch
 
-from engine.backend import choose_backend, kv_layout
-from engine.config import EngineConfig, available_memory_bytes, cache_size
+from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
+from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
-from engine.kv_cache import KVCache, bytes_per_block
-from engine.loader import DTYPES, LoadedModel
-from engine.runner import ModelRunner
+from engine.executor import OneProcess, StepExecutor
+from engine.kv_cache import PLAIN, KVCache, bytes_per_block
+from engine.loader import DTYPES, LoadedModel, Split
+from engine.parallel.group import RankGroup, RankInfo
+from engine.parallel.host_exchange import ExchangeSizes
+from engine.parallel.leader import Leader, agree
+from engine.parallel.rank import Rank
+from engine.parallel.wire import Loaded, Serve, Serving
+from engine.runner import PROMPT_LOGITS_ROWS, ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
+from pdmesh.errors import ConfigError
+from pdmesh.kv_memory import seal
 from pdmesh.types import ModelInfo, PairingFacts
 
 
@@ -20,68 +32,215 @@ class ModelLoader(Protocol):
     """`engine.loader.load_model`, or what stands in for it."""
 
     def __call__(
-        self, source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]
+        self,
+        source: str,
+        dtype: str,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+        split: Split = Split(),
     ) -> LoadedModel: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A core, and what those outside its thread may know of it."""
+    """A core, and what those outside its thread may know of it.
+
+    Attributes:
+        ranks: That it computes with; empty where this process does so alone.
+    """
 
     core: EngineCore
     kv_cache: KVCache
     model: ModelInfo
     facts: PairingFacts
+    ranks: tuple[RankInfo, ...] = ()
 
 
 def assemble(
-    config: EngineConfig, load: ModelLoader, on_progress: Callable[[int, int], None], *, lend_kv: bool = False
+    config: EngineConfig,
+    load: ModelLoader,
+    on_progress: Callable[[int, int], None],
+    *,
+    lend_kv: bool = False,
+    group: RankGroup | None = None,
 ) -> Assembly:
-    """Loads the model and makes an engine around it. Raises ConfigError before it allocates what cannot fit.
+    """Loads the model and makes an engine around it, at the leader where there is a group.
 
     With `lend_kv`, other processes of this host may be lent the KV cache to read.
+
+    Raises:
+        ConfigError: before it allocates what cannot fit.
+        GroupDownError: where another rank is lost meanwhile.
     """
+    part = load_part(config, load, on_progress, group)
+    if group is None:
+        made = part.make(Serve(part.size.num_blocks, part.size.max_model_len), lend_kv=lend_kv)
+        return _around(part, made, OneProcess(made.backend.executor))
+    followers = group.to_followers()
+    serve, loaded = agree(part.loaded, followers)
+    made = part.make(serve)
+    ranks = [made.info]
+    for wire, of_rank in zip(followers, loaded, strict=True):
+        serving = wire.receive()
+        assert isinstance(serving, Serving), f"instead of serving, a rank sent {serving}"
+        ranks.append(RankInfo(len(ranks), serving.host, serving.pid, of_rank.weight_bytes, serving.kv_bytes))
+    # Everybody who writes has it mapped.
+    assert made.kv_cache.file is not None
+    seal(made.kv_cache.file.descriptor)
+    return _around(part, made, Leader(made.rank, followers), tuple(ranks))
+
+
+def load_part(
+    config: EngineConfig, load: ModelLoader, on_progress: Callable[[int, int], None], group: RankGroup | None
+) -> "LoadedPart":
+    """Loads the model, or this rank's shard, and sees how many KV blocks it has room for. Raises ConfigError."""
     device = config.torch_device
-    loaded = load(config.model, config.dtype_name, device, on_progress)
-    shape = loaded.config
-    dtype = DTYPES[config.dtype_name]
-    block_bytes = bytes_per_block(shape, config.block_size, dtype)
-    size = cache_size(config, block_bytes, shape.max_position, available_memory_bytes(device))
-    kv_cache = KVCache(
-        shape,
-        num_blocks=size.num_blocks,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=device,
-        layout=kv_layout(config, shape, dtype),
-        lend=lend_kv,
-    )
+    _set_num_threads(config, group)
+    if group is None:
+        loaded = load(config.model, config.dtype_name, device, on_progress)
+        share = 1.0
+    else:
+        if config.compile:
+            raise ConfigError("--compile works for one rank alone: leave it out, or --tp and --pp")
+        device = group.device(device)
+        loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
+        share = group.kv_share(loaded, device)
+    block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
+    available_bytes = int(available_memory_bytes(device) / share)
+    size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
+    return LoadedPart(config, loaded, device, size, group)
+
+
+@dataclass(frozen=True, slots=True)
+class MadePart:
+    """What one process computes with."""
+
+    kv_cache: KVCache
+    backend: Backend
+    group: RankGroup | None
+    _rank: Rank | None
+    weight_bytes: int
+
+    @property
+    def rank(self) -> Rank:
+        assert self._rank is not None, "this process is in no group"
+        return self._rank
+
+    @property
+    def info(self) -> RankInfo:
+        assert self.group is not None
+        return self.group.info(self.weight_bytes, self.kv_cache.region_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPart:
+    """A model, or a shard, in memory. `size` is what it would allow, were it alone."""
+
+    config: EngineConfig
+    model: LoadedModel
+    device: torch.device
+    size: CacheSize
+    group: RankGroup | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.dtype_name]
+
+    @property
+    def loaded(self) -> Loaded:
+        """What a rank says of it."""
+        on_kernels = cpu_kernels(self.config, self.device) is not None
+        return Loaded(
+            self.size.num_blocks, self.size.max_model_len, self.model.digest, self.model.num_bytes, on_kernels
+        )
+
+    def make(self, serve: Serve, *, lend_kv: bool = False) -> MadePart:
+        """Makes a KV cache of so many blocks, and what computes with it. The ranks of a group do this together.
+
+        Raises ConfigError where there is no memory, GroupDownError where another rank is lost.
+        """
+        config, model, group, shard = self.config, self.model, self.group, self.model.shard
+        weight_bytes = model.num_bytes
+        block_bytes = bytes_per_block(model.config, config.block_size, self.dtype)
+        kv_cache = KVCache(
+            model.config,
+            num_blocks=serve.num_blocks,
+            block_size=config.block_size,
+            dtype=self.dtype,
+            device=self.device,
+            layout=kv_layout(config, model.config, self.dtype),
+            kv_heads=shard.kv_heads,
+            layers=shard.layers,
+            lend=lend_kv,
+            memory=None if group is None else group.kv_memory(serve.num_blocks * block_bytes),
+        )
+        kernels = cpu_kernels(config, self.device)
+        exchange = None
+        if group is not None:
+            on_kernels = kernels is not None and kv_cache.layout != PLAIN
+            exchange = group.open_exchange(
+                model,
+                ExchangeSizes(
+                    max_tokens=config.max_num_batched_tokens,
+                    hidden_size=model.config.hidden_size,
+                    vocab_size=model.config.vocab_size,
+                    max_logit_rows=max(config.max_num_seqs, PROMPT_LOGITS_ROWS),
+                ),
+                kernels=kernels,
+                hidden_dtype=torch.float32 if on_kernels else self.dtype,
+                device=self.device,
+            )
+        backend = choose_backend(
+            config,
+            model,
+            kv_cache,
+            kernels=kernels,
+            exchange=exchange,
+            max_model_len=serve.max_model_len,
+            max_blocks=-(-serve.max_model_len // config.block_size),
+        )
+        rank = None
+        if exchange is not None:
+            max_micro_batches = config.micro_batches if shard.pp_size > 1 else 1
+            rank = Rank(backend.executor, exchange, last_stage=shard.last_stage, max_micro_batches=max_micro_batches)
+        return MadePart(kv_cache, backend, group, rank, weight_bytes)
+
+
+def _set_num_threads(config: EngineConfig, group: RankGroup | None) -> None:
+    """Torch's own choice is a thread for each core; the ranks of a node share them."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif group is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // group.place.local_size))
+
+
+def _around(part: LoadedPart, made: MadePart, executor: StepExecutor, ranks: tuple[RankInfo, ...] = ()) -> Assembly:
+    config, shape, kv_cache = part.config, part.model.config, made.kv_cache
+    max_model_len = min(part.size.max_model_len, kv_cache.num_blocks * config.block_size)
     scheduler_config = SchedulerConfig(
-        num_blocks=size.num_blocks,
+        num_blocks=kv_cache.num_blocks,
         block_size=config.block_size,
-        max_model_len=size.max_model_len,
+        max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_prefill_chunk=config.max_prefill_chunk,
     )
-    max_blocks = scheduler_config.max_request_blocks
-    backend = choose_backend(config, loaded, kv_cache, max_model_len=size.max_model_len, max_blocks=max_blocks)
     runner = ModelRunner(
-        backend.executor,
-        sampling=backend.sampling,
-        batch_device=backend.batch_device,
-        device=device,
+        executor,
+        sampling=made.backend.sampling,
+        batch_device=made.backend.batch_device,
+        device=part.device,
         block_size=config.block_size,
         vocab_size=shape.vocab_size,
         num_seats=config.max_num_seqs,
-        max_blocks=max_blocks,
+        max_blocks=scheduler_config.max_request_blocks,
     )
     return Assembly(
         core=EngineCore(Scheduler(scheduler_config), runner),
         kv_cache=kv_cache,
-        model=ModelInfo(loaded.name, shape.architecture, shape.vocab_size, size.max_model_len),
+        model=ModelInfo(part.model.name, shape.architecture, shape.vocab_size, max_model_len),
         facts=PairingFacts(
-            model_digest=loaded.digest,
+            model_digest=part.model.digest,
             dtype=config.dtype_name,
             kv_dtype=config.dtype_name,
             block_size=config.block_size,
@@ -90,4 +249,5 @@ def assemble(
             head_dim=shape.head_dim,
             kv_layout=kv_cache.layout.name,
         ),
+        ranks=ranks,
     )

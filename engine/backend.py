@@ -8,7 +8,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
-from engine.cpu.executor import CpuExecutor, cpu_layout
+from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
 from engine.cpu.library import Kernels
 from engine.cpu.sampling import CpuSampling
 from engine.cuda.support import can_use_kernels
@@ -16,6 +16,8 @@ from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
+from engine.parallel.exchange import Exchange
+from engine.parallel.host_exchange import HostExchange
 from engine.sampling_ops import SamplingOps
 from engine.torch_sampling import TorchSampling
 
@@ -42,36 +44,63 @@ def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> K
     return layout or PLAIN
 
 
+def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
+    """Our kernels for this machine's CPU; None where another way is to be taken, or there is no compiler."""
+    if config.kernels != "auto" or config.compile or device.type != "cpu":
+        return None
+    try:
+        return kernels_path(this_target())
+    except BuildError as error:
+        log.warning("computing in plain torch, several times slower than the CPU kernels: %s", error)
+        return None
+
+
 def choose_backend(
-    config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, *, max_model_len: int, max_blocks: int
+    config: EngineConfig,
+    loaded: LoadedModel,
+    kv_cache: KVCache,
+    *,
+    kernels: Path | None,
+    exchange: Exchange | None,
+    max_model_len: int,
+    max_blocks: int,
 ) -> Backend:
     """Makes the executor, which may take the model's weights and seconds.
 
     Args:
+        kernels: Of `cpu_kernels`.
+        exchange: With the other ranks of this one's group.
         max_model_len: Tokens of the longest request.
         max_blocks: Blocks of it.
     """
-    device = kv_cache.device
+    device, shard = kv_cache.device, loaded.shard
+    if kernels is not None:
+        return _cpu_backend(kernels, config, loaded, kv_cache, exchange, max_model_len)
     if config.compile:
         # Imports torch's compiler.
         from engine.compiled import compile_layers
 
         compile_layers(loaded.model, kv_cache)
-    elif config.kernels == "auto" and device.type == "cpu" and (path := _cpu_kernels()):
-        return _cpu_backend(path, config, loaded, kv_cache, max_model_len)
-    if config.kernels == "auto" and can_use_kernels(loaded.config, device):
+    elif config.kernels == "auto" and shard.pp_size == 1 and can_use_kernels(loaded.config, device):
         # Imports Triton.
         from engine.cuda.executor import CudaExecutor
 
         executor = CudaExecutor(
-            loaded.model, loaded.config, kv_cache, max_num_seqs=config.max_num_seqs, max_blocks=max_blocks
+            loaded.model, len(shard.heads), kv_cache, max_num_seqs=config.max_num_seqs, max_blocks=max_blocks
         )
         return Backend(executor, TorchSampling(), torch.device("cpu"))
-    return Backend(TorchExecutor(loaded.model, kv_cache), TorchSampling(), device)
+    executor = TorchExecutor(loaded.model, kv_cache, last_stage=shard.last_stage)
+    # What a group's leader sends to the others lies on the host.
+    return Backend(executor, TorchSampling(), device if exchange is None else torch.device("cpu"))
 
 
 def _cpu_backend(
-    path: Path, config: EngineConfig, loaded: LoadedModel, kv_cache: KVCache, max_model_len: int
+    path: Path,
+    config: EngineConfig,
+    loaded: LoadedModel,
+    kv_cache: KVCache,
+    exchange: Exchange | None,
+    max_model_len: int,
 ) -> Backend:
     num_threads = torch.get_num_threads()
     sampling = CpuSampling(path, vocab_size=loaded.config.vocab_size, num_threads=num_threads)
@@ -80,22 +109,20 @@ def _cpu_backend(
             "computing in plain torch, several times slower than the CPU kernels: these serve Llama in float32 and "
             "bfloat16, with blocks and heads of a multiple of 16"
         )
-        return Backend(TorchExecutor(loaded.model, kv_cache), sampling, kv_cache.device)
-    executor = CpuExecutor(
+        executor = TorchExecutor(loaded.model, kv_cache, last_stage=loaded.shard.last_stage)
+        return Backend(executor, sampling, kv_cache.device)
+    sums: SharedSums | SumsBetween | None = None
+    if isinstance(exchange, HostExchange):
+        sums = SharedSums(exchange.group, exchange.partial_rows)
+    elif exchange is not None:
+        sums = exchange.all_reduce
+    cpu_executor = CpuExecutor(
         Kernels(path, kv_cache.dtype),
-        loaded.model,
-        loaded.config,
+        loaded,
         kv_cache,
         max_tokens=config.max_num_batched_tokens,
         max_position=max_model_len,
         num_threads=num_threads,
+        sums=sums,
     )
-    return Backend(executor, sampling, kv_cache.device)
-
-
-def _cpu_kernels() -> Path | None:
-    try:
-        return kernels_path(this_target())
-    except BuildError as error:
-        log.warning("computing in plain torch, several times slower than the CPU kernels: %s", error)
-        return None
+    return Backend(cpu_executor, sampling, kv_cache.device)

@@ -42,7 +42,10 @@ class EngineConfig:
     max_num_seqs: int = option("requests in a step at most", default=64)
     max_num_batched_tokens: int = option("tokens in a step at most", default=512)
     max_prefill_chunk: int = option("prompt tokens of one request in a step at most", default=512)
-    num_threads: int | None = option("CPU threads that compute; default: torch's choice", default=None)
+    micro_batches: int = option("parts of a step at most that overlap in the stages of a pipeline (--pp)", default=8)
+    num_threads: int | None = option(
+        "CPU threads that compute, of each rank; default: the machine's cores, shared", default=None
+    )
     kernels: str = option(
         "auto: our own kernels where they serve the model and the device; torch: plain torch",
         default="auto",
@@ -54,7 +57,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk", "micro_batches"):
             _check_positive(name, getattr(self, name))
         for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "num_threads"):
             _check_positive(name, getattr(self, name))

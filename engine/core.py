@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from engine.api import EngineStatus
 from engine.outputs import StepOutput, StepOutputs
+from engine.parallel.exchange import GroupDownError
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
@@ -50,6 +51,8 @@ class EngineCore:
     def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = lambda: None) -> StepOutputs:
         """Runs what the scheduler just planned. A failure ends the requests of this step, and only those.
 
+        Raises GroupDownError where a rank is lost: then no further step can be run.
+
         Args:
             meanwhile: Called once, also for an empty plan, when the next thing to come is the model's work: other
                 threads that it sets going have the interpreter to themselves.
@@ -69,6 +72,8 @@ class EngineCore:
             result = self._runner.run(plan, batch)
             self.scheduler.record_duration(plan.num_tokens, self._clock() - start)
             return self.scheduler.update(plan, result)
+        except GroupDownError:
+            raise
         except Exception as error:
             return self._failed(plan, error)
 

@@ -95,8 +95,8 @@ class EngineThread:
             self._stopping = True
             self._wakeup.notify()
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> None:
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         ended_by: Exception | None = None

@@ -5,6 +5,7 @@ runner ─▶ StepExecutor    OneProcess, or the leader of a group of ranks (eng
                                    engine/cpu, engine/cuda
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -84,6 +85,19 @@ def wanted_states(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
     return hidden if rows is None else hidden[torch.from_numpy(rows).to(hidden.device)]
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on a device; itself where they are."""
+    if batch.input_ids.device == device:
+        return batch
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        positions=batch.positions.to(device),
+        slot_mapping=batch.slot_mapping.to(device),
+        block_tables=batch.block_tables.to(device),
+    )
+
+
 class TorchExecutor:
     """Runs the model's modules one by one."""
 
@@ -93,6 +107,9 @@ class TorchExecutor:
         self._last_stage = last_stage
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        batch = on_device(batch, self._kv_cache.device)
+        if hidden is not None:
+            hidden = hidden.to(self._kv_cache.dtype)
         output = self._model.forward(batch, AttentionPlan(batch, self._kv_cache), hidden)
         return wanted_states(output, batch) if self._last_stage else output
 

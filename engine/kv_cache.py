@@ -127,6 +127,11 @@ class KVCache:
         return self.data.dtype
 
     @property
+    def region_bytes(self) -> int:
+        """Of all blocks, what belongs to the region."""
+        return self.data.numel() * self.data.itemsize
+
+    @property
     def device(self) -> torch.device:
         return self.data.device
 

@@ -50,6 +50,11 @@ class LoadedModel:
     def name(self) -> str:
         return self.config.name
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the parameters, before an executor takes them."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
 
 def load_model(
     source: str,

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from engine.api import (
     BlockEvents,
     BlockLease,
@@ -34,6 +32,8 @@ from engine.doorbell import Doorbell
 from engine.engine_thread import Delivery, EngineThread
 from engine.leases import Reservation
 from engine.loader import load_model
+from engine.parallel.exchange import GroupDownError
+from engine.parallel.group import RankGroup, RankInfo
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.streams import EngineStream
@@ -42,6 +42,9 @@ from pdmesh.errors import MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import Load, ModelInfo, PairingFacts
 
+# What a thread that waits for lost ranks is given to notice that the group was given up.
+_DOWN_JOIN_S = 0.3
+
 
 class LocalEngine:
     """Implements Engine; see the module and engine/api.py.
@@ -49,10 +52,19 @@ class LocalEngine:
     Args:
         load: Loads the model that `config` names.
         lend_kv: Whether other processes of this host may be lent the KV cache to read.
+        group: Of ranks, which this process leads.
     """
 
-    def __init__(self, config: EngineConfig, load: ModelLoader = load_model, *, lend_kv: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        load: ModelLoader = load_model,
+        *,
+        lend_kv: bool = False,
+        group: RankGroup | None = None,
+    ) -> None:
         self._config = config
+        self._group = group
         self._lend_kv = lend_kv
         self._load_model = load
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -83,6 +95,11 @@ class LocalEngine:
     @property
     def memory(self) -> BlockMemory:
         return self._parts.kv_cache
+
+    @property
+    def ranks(self) -> tuple[RankInfo, ...]:
+        """Those that compute this engine's steps together; empty where it is alone."""
+        return self._parts.ranks
 
     def load(self) -> Load:
         return self._thread.load
@@ -123,11 +140,31 @@ class LocalEngine:
     async def close(self) -> None:
         self._thread.stop()
         if self._loop is not None:
-            await asyncio.to_thread(self._thread.join)
+            await self._joined()
+        if self._group is not None:
+            self._group.close()
         if self._bell is not None:
             self._bell.close()
             self._bell = None
         self._end(_closed_error())
+
+    async def _joined(self) -> None:
+        """Returns when the thread has ended; of a group that is down, it may wait for ranks that are gone."""
+        timeout_s = _DOWN_JOIN_S if isinstance(self._ended_by, GroupDownError) else None
+        await asyncio.to_thread(self._thread.join, timeout_s)
+
+    def give_up(self, reason: str) -> None:
+        """Ends the engine because a rank of its group is lost: every request fails with `reason` at once.
+
+        Called on the event loop.
+        """
+        assert self._group is not None
+        error = GroupDownError(reason)
+        self._group.give_up(reason)
+        self._thread.stop()
+        if self._started is not None:
+            _fail(self._started, error)
+        self._end(error)
 
     async def wait_ended(self) -> MeshError:
         await self._ended.wait()
@@ -248,9 +285,9 @@ class LocalEngine:
     # From the thread
 
     def _build(self) -> EngineCore:
-        if self._config.num_threads is not None:
-            torch.set_num_threads(self._config.num_threads)
-        self._assembly = assemble(self._config, self._load_model, self._report_progress, lend_kv=self._lend_kv)
+        self._assembly = assemble(
+            self._config, self._load_model, self._report_progress, lend_kv=self._lend_kv, group=self._group
+        )
         return self._assembly.core
 
     def _on_thread_start(self) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from engine.attention import Attention
 from engine.batch import Batch
-from engine.loader import LoadedModel
+from engine.loader import LoadedModel, Split
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
+from engine.parallel.shard import shard_of
 from engine.rope import RopeConfig
 
 FAKE_CONFIG = ModelConfig(
@@ -58,7 +59,7 @@ class FakeModel(CausalLM):
         super().__init__()
         self._on_forward = on_forward
 
-    def forward(self, batch: Batch, attention: Attention) -> torch.Tensor:
+    def forward(self, batch: Batch, attention: Attention, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """[T, 1]: the likeliest next token after each token."""
         self._on_forward()
         kv_cache = attention.kv_cache
@@ -72,9 +73,9 @@ class FakeModel(CausalLM):
             context = values[blocks].flatten()[:seq_len].to(torch.int64)
             positions = torch.arange(seq_len)
             likeliest.append(((context.cumsum(0) * 31 + positions) % FAKE_CONFIG.vocab_size)[seq_len - query_len :])
-        hidden = torch.cat(likeliest).unsqueeze(1)
-        assert len(hidden) == len(batch.input_ids)
-        return hidden
+        output = torch.cat(likeliest).unsqueeze(1)
+        assert len(output) == len(batch.input_ids)
+        return output
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, vocab]: 0 for the likeliest token, a quarter less for each step (around the vocabulary) beyond it."""
@@ -89,7 +90,12 @@ class FakeLoader:
         self._model = FakeModel(on_forward)
 
     def __call__(
-        self, source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]
+        self,
+        source: str,
+        dtype: str,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+        split: Split = Split(),
     ) -> LoadedModel:
         on_progress(1, 1)
-        return LoadedModel(self._model, FAKE_CONFIG, digest="0" * 64)
+        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG))

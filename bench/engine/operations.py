@@ -12,6 +12,7 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Finish, Kind, Operation
+from engine.executor import OneProcess
 from engine.loader import load_model
 from pdmesh.errors import ConfigError
 
@@ -33,7 +34,8 @@ def measure(config: EngineConfig, *, prompts: tuple[int, ...], decodes: tuple[in
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    executor = assemble(config, load_model, lambda done, total: None).core._runner._executor
+    process = assemble(config, load_model, lambda done, total: None).core._runner._executor
+    executor = process._executor if isinstance(process, OneProcess) else None
     if not isinstance(executor, CpuExecutor):
         raise ConfigError("there are no operations to time: the CPU kernels do not serve this model here")
     report = {f"prefill_{length}": _times(executor, _batch([length], [0])) for length in prompts}
@@ -51,7 +53,7 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
         seconds["layers"].append(passed - began)
         seconds["logits"].append(time.perf_counter() - passed)
         sums: dict[str, float] = defaultdict(float)
-        for operation in executor._operations:
+        for operation in executor._segments[0][0]:
             began = time.perf_counter()
             executor._run(executor._step(batch), (Operation * 1)(operation), executor._model.num_weights)
             sums[_name(operation)] += time.perf_counter() - began

@@ -11,7 +11,7 @@ from bench.engine.decoding import decoding_core
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.executor import ModelExecutor
+from engine.executor import StepExecutor
 
 _PROMPT = 64
 _STEPS = 96
@@ -31,16 +31,16 @@ class StepTimes:
 class TimedExecutor:
     """Passes on to an executor that computes on the CPU, and notes when the model's work began and ended."""
 
-    def __init__(self, executor: ModelExecutor) -> None:
+    def __init__(self, executor: StepExecutor) -> None:
         self._executor = executor
         self.began_s = self.ended_s = 0.0
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> None:
         self.began_s = time.perf_counter()
-        return self._executor.forward(batch)
+        self._executor.run(batch)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._executor.logits(hidden)
+    def logits(self, index: int) -> torch.Tensor:
+        logits = self._executor.logits(index)
         self.ended_s = time.perf_counter()
         return logits
 

@@ -9,7 +9,6 @@ from engine.cuda.decode_graphs import DecodeGraphs
 from engine.cuda.eager_steps import EagerSteps
 from engine.cuda.paged_attention import PagedAttention
 from engine.kv_cache import KVCache
-from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 
 log = logging.getLogger(__name__)
@@ -22,16 +21,17 @@ class CudaExecutor:
     are compiled, once per machine, and graphs recorded.
 
     Args:
+        num_heads: Query heads of the model, or of its shard.
         kv_cache: In the plain layout.
         max_num_seqs: Sequences of a step at most.
         max_blocks: Blocks of a sequence at most.
     """
 
     def __init__(
-        self, model: CausalLM, config: ModelConfig, kv_cache: KVCache, *, max_num_seqs: int, max_blocks: int
+        self, model: CausalLM, num_heads: int, kv_cache: KVCache, *, max_num_seqs: int, max_blocks: int
     ) -> None:
         self._model = model
-        paged = PagedAttention(kv_cache, num_heads=config.num_heads, max_keys=max_blocks * kv_cache.block_size)
+        paged = PagedAttention(kv_cache, num_heads=num_heads, max_keys=max_blocks * kv_cache.block_size)
         self._eager = EagerSteps(model, paged)
         log.info("compiled the attention kernels in %.1f s", self._eager.warm_up())
         self._graphs = DecodeGraphs(model, paged, max_num_seqs=max_num_seqs, max_blocks=max_blocks)

@@ -80,9 +80,7 @@ def _splits(config: ModelConfig, tp: int) -> list[tuple[range, range]] | None:
     """Each tensor-parallel rank's heads and KV heads; None where they cannot be shared fairly."""
     num_kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
     if tp <= num_kv_heads:
-        splits = [
-            (range(group * part.start, group * part.stop), part) for part in _spread(num_kv_heads, tp)
-        ]
+        splits = [(range(group * part.start, group * part.stop), part) for part in _spread(num_kv_heads, tp)]
     elif tp % num_kv_heads or tp // num_kv_heads > group:
         return None
     else:

@@ -40,6 +40,12 @@ class Part:
 WHOLE = Part()
 
 
+def part_bytes(tensor: StoredTensor, part: Part) -> int:
+    rows = len(part.rows) if part.rows is not None else tensor.shape[0]
+    columns = len(part.columns) / tensor.shape[1] if part.columns is not None else 1
+    return int(tensor.num_bytes * rows / tensor.shape[0] * columns)
+
+
 class Checkpoint(Protocol):
     """Open model files. Opening read only headers; `read` reads values.
 

@@ -37,8 +37,7 @@ def texts_on_kernels(
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         return CpuExecutor(
             Kernels(kernels_path(target or this_target()), kv_cache.dtype),
-            loaded.model,
-            loaded.config,
+            loaded,
             kv_cache,
             max_tokens=512,
             max_position=256,

@@ -119,7 +119,7 @@ class Texts:
 def _executor(loaded: LoadedModel, cache: KVCache, max_blocks: int) -> ModelExecutor:
     if DEVICE.type == "cpu":
         return Replayed(loaded, cache, max_blocks)
-    return CudaExecutor(loaded.model, loaded.config, cache, max_num_seqs=MAX_NUM_SEQS, max_blocks=max_blocks)
+    return CudaExecutor(loaded.model, loaded.config.num_heads, cache, max_num_seqs=MAX_NUM_SEQS, max_blocks=max_blocks)
 
 
 def load(directory: Path, dtype: str = "float32") -> LoadedModel:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.api import BlockLease, EngineRequest, ImportedPrompt, PrefillUpdate, TokenOutput
 from engine.core import EngineCore
-from engine.executor import TorchExecutor
+from engine.executor import OneProcess, TorchExecutor
 from engine.kv_cache import KVCache
 from engine.leases import Reservation
 from engine.outputs import StepOutput
@@ -40,7 +40,7 @@ class Harness:
         )
         self.cache.data.fill_(torch.nan)
         runner = ModelRunner(
-            TorchExecutor(model or FakeModel(), self.cache),
+            OneProcess(TorchExecutor(model or FakeModel(), self.cache)),
             device=CPU,
             block_size=config.block_size,
             vocab_size=FAKE_CONFIG.vocab_size,

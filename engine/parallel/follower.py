@@ -1,0 +1,46 @@
+"""Every rank but the first: a process that loads its shard, and then computes the steps that the leader names."""
+
+import logging
+from collections.abc import Callable
+
+from engine.assembly import ModelLoader, load_part
+from engine.batch import Batch
+from engine.config import EngineConfig
+from engine.loader import load_model
+from engine.parallel.exchange import GroupDownError
+from engine.parallel.group import RankGroup
+from engine.parallel.wire import Serve, Serving
+
+log = logging.getLogger(__name__)
+
+
+def follow(
+    config: EngineConfig,
+    group: RankGroup,
+    load: ModelLoader = load_model,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves steps until the leader closes the connection. Blocks.
+
+    Raises:
+        ConfigError: where the model cannot be loaded or has no room.
+        GroupDownError: where another rank is lost.
+        Exception: that a step failed with; the group cannot go on after it.
+    """
+    leader = group.to_leader()
+    part = load_part(config, load, lambda done, total: None, group)
+    leader.send(part.loaded)
+    serve = leader.receive()
+    if serve is None:
+        return
+    if not isinstance(serve, Serve):
+        raise GroupDownError("rank 0 sent a step before it said how many blocks there are")
+    made = part.make(serve)
+    info = made.info
+    leader.send(Serving(info.host, info.pid, info.kv_bytes))
+    on_ready()
+    while (batch := leader.receive()) is not None:
+        assert isinstance(batch, Batch)
+        made.rank.run(batch)
+        for rows in batch.logit_rows:
+            made.rank.logits(rows)
