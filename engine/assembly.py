@@ -15,7 +15,7 @@ from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache
 from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
-from engine.loader import DTYPES, LoadedModel, Split
+from engine.loader import ALONE, DTYPES, LoadedModel, Split
 from engine.parallel.group import RankGroup, RankInfo
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
@@ -37,7 +37,7 @@ class ModelLoader(Protocol):
         dtype: str,
         device: torch.device,
         on_progress: Callable[[int, int], None],
-        split: Split = Split(),
+        split: Split = ALONE,
     ) -> LoadedModel: ...
 
 

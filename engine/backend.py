@@ -89,9 +89,9 @@ def choose_backend(
             loaded.model, len(shard.heads), kv_cache, max_num_seqs=config.max_num_seqs, max_blocks=max_blocks
         )
         return Backend(executor, TorchSampling(), torch.device("cpu"))
-    executor = TorchExecutor(loaded.model, kv_cache, last_stage=shard.last_stage)
+    plain = TorchExecutor(loaded.model, kv_cache, last_stage=shard.last_stage)
     # What a group's leader sends to the others lies on the host.
-    return Backend(executor, TorchSampling(), device if exchange is None else torch.device("cpu"))
+    return Backend(plain, TorchSampling(), device if exchange is None else torch.device("cpu"))
 
 
 def _cpu_backend(

@@ -37,6 +37,9 @@ class Split:
     reduce: Reduce = alone
 
 
+ALONE = Split()
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model, or a rank's shard of one, ready to run, and what tells the model apart (`digest`, 64 hex digits)."""
@@ -61,7 +64,7 @@ def load_model(
     dtype: str,
     device: torch.device,
     on_progress: Callable[[int, int], None],
-    split: Split = Split(),
+    split: Split = ALONE,
 ) -> LoadedModel:
     """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor.
 
@@ -104,7 +107,7 @@ def _parts(model: nn.Module) -> dict[str, Part]:
 
 
 def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no parameter, or shapes differ."""
+    """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
     parameters = dict(model.named_parameters())
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in parameters:

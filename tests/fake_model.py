@@ -12,7 +12,7 @@ import torch
 
 from engine.attention import Attention
 from engine.batch import Batch
-from engine.loader import LoadedModel, Split
+from engine.loader import ALONE, LoadedModel, Split
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
@@ -95,7 +95,7 @@ class FakeLoader:
         dtype: str,
         device: torch.device,
         on_progress: Callable[[int, int], None],
-        split: Split = Split(),
+        split: Split = ALONE,
     ) -> LoadedModel:
         on_progress(1, 1)
         return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG))

@@ -1,4 +1,4 @@
-"""A step's batch cut into micro-batches: while one stage of a pipeline computes one, the next computes the one before."""
+"""A batch cut into micro-batches: while one stage of a pipeline computes one, the next computes the one before."""
 
 from collections.abc import Iterator
 

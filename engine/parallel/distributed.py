@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.shard import Shard
@@ -47,7 +48,7 @@ class DistributedExchange:
         self._dtype = dtype
         self._device = device
         with _lost():
-            store = dist.TCPStore(
+            store: Store = dist.TCPStore(  # type: ignore[attr-defined]
                 place.leader_host,
                 place.store_port,
                 place.size,
@@ -59,15 +60,17 @@ class DistributedExchange:
             self._stage = self._group(f"stage{shard.pp_rank}", store, shard.tp_rank, shard.tp_size, place.host)
         self._sent: list[Any] = []
 
-    def _group(self, name: str, store: dist.Store, rank: int, size: int, host: str) -> Any:
-        own = dist.PrefixStore(name, store)
+    def _group(self, name: str, store: Store, rank: int, size: int, host: str) -> Any:
+        own = PrefixStore(name, store)
         if self._device.type == "cuda":
-            return dist.ProcessGroupNCCL(own, rank, size, _TIMEOUT)
-        options = dist.ProcessGroupGloo._Options()
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = _TIMEOUT
+            return dist.ProcessGroupNCCL(own, rank, size, nccl)
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         # By this machine's name Gloo might take an interface that the others do not reach.
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = _TIMEOUT
-        return dist.ProcessGroupGloo(own, rank, size, options)
+        return ProcessGroupGloo(own, rank, size, options)
 
     def begin_step(self) -> None:
         """Every message is its own sign."""

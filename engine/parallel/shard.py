@@ -6,6 +6,7 @@ tensor-parallel ranks than KV heads, each KV head is held by several of them, wh
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from engine.model_config import ModelConfig
@@ -109,7 +110,7 @@ def _spread(total: int, num_parts: int, unit: int = 1, *, whole_units: bool = Fa
     if not whole_units and num_units < _FEW_UNITS * num_parts:
         unit, num_units = 1, total
     ends = [unit * (num_units * part // num_parts) for part in range(num_parts)] + [total]
-    return [range(begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [range(begin, end) for begin, end in pairwise(ends)]
 
 
 def _or(degrees: list[int]) -> str:

@@ -48,14 +48,14 @@ class Replayed:
             inputs.clear()
             self._model.forward(inputs.batch, inputs.attention)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         if batch.query_lens.max() > 1:
             return self._eager.forward(batch)
         inputs = next(inputs for size, inputs in self._inputs.items() if size >= len(batch.query_lens))
         inputs.fill(batch)
         return self._model.forward(inputs.batch, inputs.attention)[: len(batch.query_lens)]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
         return self._model.logits(hidden)
 
 

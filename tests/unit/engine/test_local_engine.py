@@ -10,7 +10,7 @@ import torch
 
 from engine.api import BlockEvents, BlockLease, EngineRequest, ImportedPrompt, OutputStream, PrefillUpdate
 from engine.config import EngineConfig
-from engine.loader import LoadedModel
+from engine.loader import ALONE, LoadedModel, Split
 from engine.local_engine import LocalEngine
 from pdmesh.errors import ConfigError, InternalError, InvalidRequestError, UnavailableError
 from pdmesh.hashing import block_hashes, root_hash
@@ -463,7 +463,13 @@ async def test_a_defect_outside_a_step_ends_the_engine_and_tells_everybody() -> 
 
 
 async def test_a_model_that_cannot_be_loaded() -> None:
-    def refuse(source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]) -> LoadedModel:
+    def refuse(
+        source: str,
+        dtype: str,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+        split: Split = ALONE,
+    ) -> LoadedModel:
         raise ConfigError(f"{source} is no model")
 
     engine = LocalEngine(CONFIG, refuse)
@@ -477,7 +483,11 @@ async def test_closing_while_the_model_loads() -> None:
     go_on = threading.Event()
 
     def load_slowly(
-        source: str, dtype: str, device: torch.device, on_progress: Callable[[int, int], None]
+        source: str,
+        dtype: str,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+        split: Split = ALONE,
     ) -> LoadedModel:
         on_progress(0, 2)
         loading.set()
