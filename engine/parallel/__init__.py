@@ -8,5 +8,7 @@ group_memory  … over memory that the ranks of one host share
 distributed   … over torch.distributed, for ranks on several hosts and on GPUs
 rank          one rank's part of a step, the same on all of them
 leader        rank 0, as the runner sees it: a step of the whole group
+group         this process's place: sockets, memory, which exchange
 follower      every other rank: a process that does what it is told
+spawn         a group without a supervisor, for whoever embeds an engine
 """
