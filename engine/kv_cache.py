@@ -1,7 +1,10 @@
 """The KV cache's tensor: where the keys and values of every block lie, how they get there, and how they leave.
 
-A block is one contiguous run of bytes over all layers, so it travels as it lies: [layer][K, V][KV head][tile]. Of the
-tile, the tokens of one block in one layer and head, there are two orders:
+A block is one contiguous run of bytes over all heads and layers, and travels as it lies: [KV head][layer][K, V][tile].
+A range of heads is one run in it, too. Where several ranks of a host compute one model, the `KVCache` of each is its
+region, its heads and layers of every block, in memory where blocks lie whole: what moves blocks knows of no ranks.
+
+Of the tile, the tokens of one block in one layer and head, there are two orders:
 
     plain   K and V [token][dim]
     dot     K [dim / pack][token][pack], V [token / pack][dim][pack]
@@ -16,7 +19,7 @@ import torch
 
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
-from pdmesh.kv_memory import private_memory, shared_memory
+from pdmesh.kv_memory import map_shared, private_memory, shared_memory
 from pdmesh.types import MemoryFile
 
 
@@ -32,26 +35,30 @@ class KVLayout:
 
     @property
     def name(self) -> str:
-        return "block.layer.kv.head.token.dim" if self.pack is None else f"block.layer.kv.head.dot{self.pack}"
+        return "block.head.layer.kv.token.dim" if self.pack is None else f"block.head.layer.kv.dot{self.pack}"
 
 
 PLAIN = KVLayout()
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: K and V of `block_size` tokens over all layers."""
+    """Bytes of one whole block: K and V of `block_size` tokens over all heads and layers."""
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
 
 
 class KVCache:
-    """Keys and values of `num_blocks` blocks, and the `BlockMemory` through which blocks travel.
+    """A region of `num_blocks` blocks, some KV heads and layers of them or all, and the `BlockMemory` through which
+    blocks travel, which are whole.
 
     Memory is taken from the system as it is first written. What was never written is garbage and may be NaN: whoever
     reads blocks must discard the tokens past a sequence's end, not weigh them by zero.
 
     Attributes:
-        data: [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], contiguous; index 0 of the third is K.
+        data: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of the region; index 0 of the fourth is K.
+            On a CPU a strided view of the whole blocks, on a device contiguous; a tile's K and V lie side by side.
             The last two dimensions are a tile's: what they say of tokens and dims holds in the plain layout only.
+        num_layers, num_kv_heads: Of the region.
+        file: Where the whole blocks lie, as long as others may be lent them; else None.
     """
 
     def __init__(
@@ -63,39 +70,57 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         layout: KVLayout = PLAIN,
+        kv_heads: range | None = None,
+        layers: range | None = None,
         lend: bool = False,
+        memory: MemoryFile | None = None,
     ) -> None:
-        """With `lend`, the blocks' bytes lie in `file` for other processes of this host to read.
+        """A cache in new memory, or in that of other ranks.
 
-        Raises ConfigError where the memory cannot be had.
+        Args:
+            config: Of the whole model.
+            kv_heads: Those of the region; None: all.
+            layers: Those of the region; None: all.
+            lend: The whole blocks lie in `file`, for other processes of this host to read.
+            memory: Maps this file, which is as long as the whole blocks and not sealed yet, instead of making memory,
+                whatever `lend` says. Its descriptor stays the caller's, and `file` is this.
+
+        Raises:
+            ConfigError: where the memory cannot be had.
         """
         assert num_blocks > 0
         assert block_size > 0
+        kv_heads = range(config.num_kv_heads) if kv_heads is None else kv_heads
+        layers = range(config.num_layers) if layers is None else layers
+        assert _is_part(kv_heads, config.num_kv_heads), f"{kv_heads} of {config.num_kv_heads} KV heads"
+        assert _is_part(layers, config.num_layers), f"{layers} of {config.num_layers} layers"
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_layers = config.num_layers
-        self.num_kv_heads = config.num_kv_heads
+        self.num_layers = len(layers)
+        self.num_kv_heads = len(kv_heads)
         self.head_dim = config.head_dim
         self.layout = layout
         self._block_bytes = bytes_per_block(config, block_size, dtype)
+        num_bytes = num_blocks * self._block_bytes
+        assert memory is None or memory.num_bytes == num_bytes
         self.file: MemoryFile | None
-        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
         try:
-            # [num_blocks, block_bytes]: the cache itself, or where a device's blocks are staged. That takes memory
-            # only for blocks that travel.
-            num_bytes = num_blocks * self._block_bytes
-            memory, self.file = shared_memory(num_bytes) if lend else (private_memory(num_bytes), None)
-            host = torch.frombuffer(memory, dtype=torch.uint8)
-            self._host = host.view(num_blocks, self._block_bytes)
+            # The cache itself, or where a device's blocks are staged. That takes memory only for blocks that travel.
+            if memory is not None:
+                self._host, self.file = map_shared(memory.descriptor, num_bytes), memory
+            else:
+                self._host, self.file = shared_memory(num_bytes) if lend else (private_memory(num_bytes), None)
+            whole = torch.frombuffer(self._host, dtype=dtype).view(
+                num_blocks, config.num_kv_heads, config.num_layers, 2, block_size, config.head_dim
+            )
+            self._in_host = whole[:, kv_heads.start : kv_heads.stop, layers.start : layers.stop]
             self.data = (
-                host.view(dtype).view(shape) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+                self._in_host if device.type == "cpu" else torch.empty(self._in_host.shape, dtype=dtype, device=device)
             )
         except (RuntimeError, OSError) as error:
-            size = num_blocks * self._block_bytes / 2**30
             raise ConfigError(
-                f"no memory for a KV cache of {size:.1f} GiB on {device}: configure fewer blocks"
+                f"no memory for a KV cache of {num_bytes / 2**30:.1f} GiB on {device}: configure fewer blocks"
             ) from error
-        self._host_bytes = self._host.numpy().data.cast("B")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +133,11 @@ class KVCache:
     # Computing
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Stores keys and values [T, num_kv_heads, head_dim] of one layer at the slots [T] of their tokens."""
+        """Stores keys and values [T, num_kv_heads, head_dim] at the slots [T] of their tokens.
+
+        Args:
+            layer: Of the region's, which count from 0.
+        """
         keys, values = self._tiles(layer)
         blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
         if self.layout.pack is None:
@@ -119,7 +148,11 @@ class KVCache:
             values[blocks, :, offsets // self.layout.pack, :, offsets % self.layout.pack] = v
 
     def gather(self, layer: int, block_tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of one layer's keys and values of blocks [N, M], each [N, num_kv_heads, M * block_size, head_dim]."""
+        """Copies of one layer's keys and values of blocks [N, M], each [N, num_kv_heads, M * block_size, head_dim].
+
+        Args:
+            layer: Of the region's, which count from 0.
+        """
         keys, values = (tiles[block_tables] for tiles in self._tiles(layer))
         if self.layout.pack is not None:
             # [N, M, heads, dim / pack, token, pack] and [N, M, heads, token / pack, dim, pack]
@@ -129,7 +162,7 @@ class KVCache:
 
     def _tiles(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer's K and V, [num_blocks, num_kv_heads, *tile], the tile in its layout's dimensions."""
-        keys, values = self.data[:, layer, 0], self.data[:, layer, 1]
+        keys, values = self.data[:, :, layer].unbind(2)
         if self.layout.pack is None:
             return keys, values
         shape = (self.num_blocks, self.num_kv_heads)
@@ -146,22 +179,22 @@ class KVCache:
         return self._block_bytes
 
     def view(self, block_id: int) -> memoryview:
-        """The writable bytes of one block; see `BlockMemory`."""
+        """The writable bytes of one whole block; see `BlockMemory`."""
         assert 0 <= block_id < self.num_blocks
-        return self._host_bytes[block_id * self._block_bytes : (block_id + 1) * self._block_bytes]
+        return self._host[block_id * self._block_bytes : (block_id + 1) * self._block_bytes]
 
     def to_host(self, block_ids: Sequence[int]) -> None:
-        """Before views are read."""
+        """Before views are read: the region of these blocks goes to its place in them."""
         if self.device.type != "cpu" and block_ids:
             ids = torch.tensor(block_ids)
-            self._host[ids] = self._device_bytes.index_select(0, ids.to(self.device)).cpu()
+            self._in_host[ids] = self.data.index_select(0, ids.to(self.device)).cpu()
 
     def to_device(self, block_ids: Sequence[int]) -> None:
         """After views were written, before the blocks are used."""
         if self.device.type != "cpu" and block_ids:
             ids = torch.tensor(block_ids)
-            self._device_bytes.index_copy_(0, ids.to(self.device), self._host[ids].to(self.device))
+            self.data.index_copy_(0, ids.to(self.device), self._in_host[ids].to(self.device))
 
-    @property
-    def _device_bytes(self) -> torch.Tensor:
-        return self.data.view(torch.uint8).view(self.num_blocks, self._block_bytes)
+
+def _is_part(part: range, whole: int) -> bool:
+    return part.step == 1 and 0 <= part.start < part.stop <= whole

@@ -27,17 +27,38 @@ def shared_memory(num_bytes: int) -> tuple[memoryview, MemoryFile | None]:
     """
     if not hasattr(os, "memfd_create"):
         return private_memory(num_bytes), None
-    descriptor = os.memfd_create("pdmesh-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = memory_file()
     try:
-        os.ftruncate(descriptor, num_bytes)
-        memory = mmap.mmap(descriptor, num_bytes)
-        # Our own mapping stays writable; from now on no other can be.
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
+        memory = map_shared(descriptor, num_bytes)
+        seal(descriptor)
     except OSError:
         os.close(descriptor)
         raise
-    weakref.finalize(memory, os.close, descriptor)
-    return _in_large_pages(memory), MemoryFile(descriptor, num_bytes)
+    weakref.finalize(memory.obj, os.close, descriptor)
+    return memory, MemoryFile(descriptor, num_bytes)
+
+
+def memory_file() -> int:
+    """The descriptor of a new, empty file that is nothing but memory, for `map_shared`; Linux only.
+
+    Whoever calls closes it. It is inherited by no process that is not given it.
+    """
+    return os.memfd_create("pdmesh-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def map_shared(descriptor: int, num_bytes: int) -> memoryview:
+    """The memory of a `memory_file`, zeroed at first, writable by every process that maps it before it is sealed.
+
+    All give the same size: the first to come makes it so, in whatever order they come. The mapping outlives the
+    descriptor. Raises OSError where the memory cannot be had, PermissionError of a file that is sealed.
+    """
+    os.ftruncate(descriptor, num_bytes)
+    return _in_large_pages(mmap.mmap(descriptor, num_bytes))
+
+
+def seal(descriptor: int) -> None:
+    """Ends writing to a `memory_file`, but for those who have mapped it: it keeps its size, and later mappings read."""
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE)
 
 
 def _in_large_pages(memory: mmap.mmap) -> memoryview:

@@ -63,7 +63,7 @@ def finish_reason_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason:
 class MemoryFile:
     """A file that is nothing but memory (memfd), in which KV block i begins at i times a block's bytes.
 
-    Sealed against shrinking. `descriptor` is open as long as the memory is in use.
+    Sealed against shrinking before others read it. `descriptor` is open as long as the memory is in use.
     """
 
     descriptor: int

@@ -37,6 +37,7 @@ class CpuExecutor:
     """A `ModelExecutor`. Takes the model's weights out of it.
 
     Args:
+        config: The model's as it is run: its heads and layers are those that the cache holds.
         kv_cache: In `cpu_layout`.
         max_tokens: Of a step.
         max_position: Tokens of the longest request.
@@ -54,6 +55,7 @@ class CpuExecutor:
         num_threads: int,
     ) -> None:
         assert isinstance(model, LlamaForCausalLM)
+        assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (config.num_kv_heads, config.num_layers)
         self._kernels = kernels
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
@@ -63,13 +65,16 @@ class CpuExecutor:
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
         self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position + _LANES)
+        block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
-            num_layers=config.num_layers,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
+            block_stride=block_stride,
+            head_stride=head_stride,
+            layer_stride=layer_stride,
             cosines=self._cosines.data_ptr(),
             sines=self._sines.data_ptr(),
             score_scale=config.head_dim**-0.5,

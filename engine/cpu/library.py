@@ -51,11 +51,13 @@ class Operation(ctypes.Structure):
 class Decoder(ctypes.Structure):
     _fields_ = (
         ("cache", ctypes.c_void_p),
-        ("num_layers", ctypes.c_int64),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("layer_stride", ctypes.c_int64),
         ("cosines", ctypes.c_void_p),
         ("sines", ctypes.c_void_p),
         ("score_scale", ctypes.c_float),

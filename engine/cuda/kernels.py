@@ -2,9 +2,9 @@
 
 Imported only where Triton is. Runs without a device too, slowly, where TRITON_INTERPRET=1 was set before the import.
 
-One layer of the cache is [num_blocks, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM] with gaps between its blocks; index 0 of
-the second is K. The G query heads that share a KV head become G rows of one tile per token, so K and V are read once
-for all of them: row r of a tile is head r % G of token r // G.
+One layer of the cache is [num_blocks, num_kv_heads, 2, BLOCK_SIZE, HEAD_DIM] with gaps between its blocks and between
+their heads; index 0 of the third is K. The G query heads that share a KV head become G rows of one tile per token, so K
+and V are read once for all of them: row r of a tile is head r % G of token r // G.
 
 A softmax is folded over TILE_KEYS keys at a time, in float32 and base 2 (`scale` has log2(e) in it): `peak` is the
 largest score so far, `total` the sum of exponentials and `mixed` the sum of values, both relative to `peak`
@@ -26,6 +26,7 @@ def store_kv(
     v,
     slots,
     block_stride,
+    head_stride,
     k_stride,
     v_stride,
     KV_HEADS: tl.constexpr,
@@ -41,9 +42,9 @@ def store_kv(
         inside = items < KV_HEADS * HEAD_DIM
         head = items // HEAD_DIM
         target = cache + (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
-        target += head * (BLOCK_SIZE * HEAD_DIM) + items % HEAD_DIM
+        target += head * head_stride + items % HEAD_DIM
         tl.store(target, tl.load(k + token * k_stride + items, mask=inside), mask=inside)
-        target += KV_HEADS * BLOCK_SIZE * HEAD_DIM
+        target += BLOCK_SIZE * HEAD_DIM
         tl.store(target, tl.load(v + token * v_stride + items, mask=inside), mask=inside)
 
 
@@ -61,7 +62,6 @@ def _fold(
     table_step,
     block_stride,
     scale,
-    KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -79,7 +79,7 @@ def _fold(
         blocks = tl.load(table + (keys // BLOCK_SIZE) * table_step)
     runs = blocks.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * HEAD_DIM
     k_at = cache + runs[:, None] + dims[None, :]
-    v_at = k_at + KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    v_at = k_at + BLOCK_SIZE * HEAD_DIM
     if MASKED or PADDED_DIM != HEAD_DIM:
         loaded = (dims < HEAD_DIM)[None, :]
         if MASKED:
@@ -113,6 +113,7 @@ def attend_chunks(
     table_step,
     q_stride,
     block_stride,
+    head_stride,
     scale,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -147,7 +148,7 @@ def attend_chunks(
     peak = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     mixed = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
-    cache += kv_head * (BLOCK_SIZE * HEAD_DIM)
+    cache += kv_head * head_stride
     table = tables + sequence * table_stride
     end = first_position + num_tokens
     # Keys that every row may see need no mask: all but those near the diagonal.
@@ -156,13 +157,13 @@ def attend_chunks(
         keys = begin + tl.arange(0, TILE_KEYS)
         peak, total, mixed = _fold(
             peak, total, mixed, q_tile, keys, row_positions, end, cache, table, table_step, block_stride, scale,
-            KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
+            BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
         )  # fmt: skip
     for begin in range(seen_by_all, end, TILE_KEYS):
         keys = begin + tl.arange(0, TILE_KEYS)
         peak, total, mixed = _fold(
             peak, total, mixed, q_tile, keys, row_positions, end, cache, table, table_step, block_stride, scale,
-            KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, True,
+            BLOCK_SIZE, HEAD_DIM, PADDED_DIM, True,
         )  # fmt: skip
     mixed = mixed / total[:, None]
     out_stride = KV_HEADS * GROUP * HEAD_DIM
@@ -191,6 +192,7 @@ def attend_spans(
     table_step,
     q_stride,
     block_stride,
+    head_stride,
     scale,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -229,20 +231,20 @@ def attend_spans(
         mixed = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
         # Every row is the same token's: it sees all that is stored.
         row_positions = tl.zeros([TILE_ROWS], tl.int32) + (length - 1)
-        layer_head = cache + kv_head * (BLOCK_SIZE * HEAD_DIM)
+        layer_head = cache + kv_head * head_stride
         table = tables + tl.load(tokens + num_tokens + token) * table_stride
         whole = first + (end - first) // TILE_KEYS * TILE_KEYS
         for begin in range(first, whole, TILE_KEYS):
             keys = begin + tl.arange(0, TILE_KEYS)
             peak, total, mixed = _fold(
                 peak, total, mixed, q_tile, keys, row_positions, end, layer_head, table, table_step, block_stride,
-                scale, KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
+                scale, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, False,
             )  # fmt: skip
         if whole < end:
             keys = whole + tl.arange(0, TILE_KEYS)
             peak, total, mixed = _fold(
                 peak, total, mixed, q_tile, keys, row_positions, end, layer_head, table, table_step, block_stride,
-                scale, KV_HEADS, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, True,
+                scale, BLOCK_SIZE, HEAD_DIM, PADDED_DIM, True,
             )  # fmt: skip
         if length <= span:
             mixed = mixed / total[:, None]

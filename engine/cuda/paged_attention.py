@@ -83,8 +83,9 @@ class PagedAttention:
         self._span_tiles = _MIN_SPAN_KEYS // self._shape.tile_keys
         self._num_spans = min(_MAX_SPANS, -(-max_keys // _MIN_SPAN_KEYS))
         self._scale = math.log2(math.e) / math.sqrt(kv_cache.head_dim)
-        # [num_blocks, 2, num_kv_heads, block_size, head_dim] each.
-        self._layers = kv_cache.data.unbind(1)
+        # [num_blocks, num_kv_heads, 2, block_size, head_dim] each.
+        self._layers = kv_cache.data.unbind(2)
+        self._strides = kv_cache.data.stride()[:2]
 
     @property
     def tile_tokens(self) -> int:
@@ -108,7 +109,7 @@ class PagedAttention:
             k,
             v,
             slot_mapping,
-            cache.data.stride(0),
+            *self._strides,
             _row_stride(k),
             _row_stride(v),
             KV_HEADS=cache.num_kv_heads,
@@ -132,7 +133,7 @@ class PagedAttention:
             num_tiles,
             *step.block_tables.stride(),
             _row_stride(q),
-            cache.data.stride(0),
+            *self._strides,
             self._scale,
             GROUP=self._group,
             KV_HEADS=cache.num_kv_heads,
@@ -162,7 +163,7 @@ class PagedAttention:
             num_tokens,
             *step.block_tables.stride(),
             _row_stride(q),
-            cache.data.stride(0),
+            *self._strides,
             self._scale,
             GROUP=self._group,
             KV_HEADS=cache.num_kv_heads,

@@ -25,19 +25,20 @@ constexpr int kMaxHeadDim = 256;
 // Rows multiplied at once with four columns of vectors.
 constexpr int kAttentionRows = kMaxRows / 2;
 
-// Where K and V lie: [block][layer][K, V][KV head][tile].
+// Where K and V lie: a tile of K and behind it one of V for each block, KV head and layer, which lie strides apart, in
+// values. These may be some of the heads and layers that a block holds.
 template <class Element>
 struct PagedCache {
   using Value = typename Element::Value;
   Value* data;
-  int64_t num_layers, num_kv_heads, block_size, head_dim;
+  int64_t num_kv_heads, block_size, head_dim;
+  int64_t block_stride, head_stride, layer_stride;
 
-  int64_t tile_values() const { return block_size * head_dim; }
   Value* keys(int64_t block, int64_t layer, int64_t head) const {
-    return data + (((block * num_layers + layer) * 2) * num_kv_heads + head) * tile_values();
+    return data + block * block_stride + head * head_stride + layer * layer_stride;
   }
   Value* values(int64_t block, int64_t layer, int64_t head) const {
-    return keys(block, layer, head) + num_kv_heads * tile_values();
+    return keys(block, layer, head) + block_size * head_dim;
   }
 };
 

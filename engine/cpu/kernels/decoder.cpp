@@ -32,8 +32,9 @@ struct Operation {
 };
 
 struct Decoder {
-  void* cache;
-  int64_t num_layers, num_heads, num_kv_heads, head_dim, block_size;
+  void* cache;  // of block 0, the first KV head and the first layer
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t block_stride, head_stride, layer_stride;  // of the cache, in values
   const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
   float score_scale;
@@ -58,8 +59,8 @@ class StepRun {
   StepRun(const Decoder& decoder, const Step& step)
       : decoder_(decoder),
         step_(step),
-        cache_{static_cast<Value*>(decoder.cache), decoder.num_layers, decoder.num_kv_heads, decoder.block_size,
-               decoder.head_dim},
+        cache_{static_cast<Value*>(decoder.cache), decoder.num_kv_heads, decoder.block_size, decoder.head_dim,
+               decoder.block_stride, decoder.head_stride, decoder.layer_stride},
         group_(decoder.num_heads / std::max<int64_t>(1, decoder.num_kv_heads)) {
     int64_t end_row = 0;
     for (int64_t i = 0; i < step.num_sequences; ++i) {

@@ -59,7 +59,15 @@ class Shape:
 class Ragged:
     """A step of sequences in a cache whose blocks are scattered, and NaN wherever no token is."""
 
-    def __init__(self, shape: Shape, sequences: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        sequences: Sequence[tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        *,
+        region: bool = False,
+    ) -> None:
+        """With `region`, the cache holds but some heads and layers of its blocks: not the first, not the last."""
         self.shape = shape
         self.sequences = list(sequences)
         generator = torch.Generator().manual_seed(len(sequences))
@@ -71,13 +79,23 @@ class Ragged:
         tables = torch.zeros(len(sequences), int(blocks_each.max()), dtype=torch.int64)
         for table, blocks in zip(tables, order, strict=True):
             table[: len(blocks)] = blocks
+        config, kv_heads, layers = shape.config, range(shape.num_kv_heads), range(NUM_LAYERS)
+        if region:
+            config = replace(config, num_kv_heads=shape.num_kv_heads + 2, num_layers=NUM_LAYERS + 2)
+            kv_heads, layers = range(1, shape.num_kv_heads + 1), range(1, NUM_LAYERS + 1)
         self.cache = KVCache(
-            shape.config, num_blocks=int(blocks_each.sum()) + 1, block_size=block_size, dtype=dtype, device=DEVICE
+            config,
+            num_blocks=int(blocks_each.sum()) + 1,
+            block_size=block_size,
+            dtype=dtype,
+            device=DEVICE,
+            kv_heads=kv_heads,
+            layers=layers,
         )
         self.cache.data.fill_(torch.nan)
         for table, query_len, seq_len in zip(tables, query_lens, seq_lens, strict=True):
             past = torch.arange(seq_len - query_len)
-            stored = torch.randn(len(past), NUM_LAYERS, 2, shape.num_kv_heads, shape.head_dim, generator=generator).to(
+            stored = torch.randn(len(past), shape.num_kv_heads, NUM_LAYERS, 2, shape.head_dim, generator=generator).to(
                 DEVICE, dtype
             )
             self.cache.data[table[past // block_size].to(DEVICE), :, :, :, (past % block_size).to(DEVICE)] = stored
@@ -166,15 +184,21 @@ def test_rows_do_not_depend_on_what_else_is_in_the_step() -> None:
         assert torch.equal(ragged.attend(sequence), rows), ragged.sequences[sequence]
 
 
+def test_a_region_of_blocks_gives_the_same_bits() -> None:
+    region, whole = (Ragged(Shape(4, 2, 24), MIX, region=region) for region in (True, False))
+    assert torch.equal(region.attend(), whole.attend())
+    assert torch.equal(region.cache.data.nan_to_num(7), whole.cache.data.nan_to_num(7))
+
+
 def test_keys_and_values_are_stored_where_the_slots_say() -> None:
     ragged = Ragged(Shape(4, 2, 24), MIX)
     before = ragged.cache.data.clone()
     ragged.attend()
     stored = ragged.cache.data.clone()
     blocks, offsets = ragged.batch.slot_mapping // 16, ragged.batch.slot_mapping % 16
-    assert torch.equal(stored[blocks, LAYER, 0, :, offsets], ragged.k)
-    assert torch.equal(stored[blocks, LAYER, 1, :, offsets], ragged.v)
-    stored[blocks, LAYER, :, :, offsets] = torch.nan
+    assert torch.equal(stored[blocks, :, LAYER, 0, offsets], ragged.k)
+    assert torch.equal(stored[blocks, :, LAYER, 1, offsets], ragged.v)
+    stored[blocks, :, LAYER, :, offsets] = torch.nan
     assert torch.equal(stored.nan_to_num(), before.nan_to_num())
 
 
@@ -195,5 +219,5 @@ def test_queries_keys_and_values_may_be_parts_of_one_matrix() -> None:
     expected = ragged.attend()
     matrix = torch.cat((ragged.q, ragged.k, ragged.v), dim=1)
     ragged.q, ragged.k, ragged.v = torch.split(matrix, [4, 2, 2], dim=1)
-    ragged.cache.data[ragged.batch.slot_mapping // 16, LAYER, :, :, ragged.batch.slot_mapping % 16] = torch.nan
+    ragged.cache.data[ragged.batch.slot_mapping // 16, :, LAYER, :, ragged.batch.slot_mapping % 16] = torch.nan
     assert torch.equal(ragged.attend(), expected)
