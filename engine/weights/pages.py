@@ -1,0 +1,24 @@
+"""Pages of mapped files: those that were read count as this process's memory until they are let go."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+
+_libc = ctypes.CDLL(None)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def release_pages(mapped: npt.NDArray[np.uint8]) -> None:
+    """Lets go of the pages that lie wholly in these contiguous bytes of a mapped file, which nobody may have written.
+
+    The system's cache keeps them, and whoever reads the bytes again finds them as they were. Without this, a process
+    that reads half of each row has the whole file in memory (`VmHWM`), row by row.
+    """
+    begin, end = mapped.ctypes.data, mapped.ctypes.data + mapped.size
+    # Inwards: what lies beside may be somebody else's.
+    begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        # Where the system refuses, the pages stay until it wants them: nothing depends on it.
+        _libc.madvise(begin, end - begin, mmap.MADV_DONTNEED)
