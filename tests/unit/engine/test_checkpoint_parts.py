@@ -103,21 +103,23 @@ def assert_parts_are_of_whole(checkpoint: Checkpoint, name: str, whole: torch.Te
             assert torch.equal(values, of_whole(whole, part).to(dtype)), part
 
 
-@pytest.fixture(params=[*DTYPES, *ENCODINGS], ids=[*(f"safetensors-{name}" for name in DTYPES), *ENCODINGS])
+KINDS = [*(("safetensors", encoding) for encoding in DTYPES), *(("gguf", encoding) for encoding in ENCODINGS)]
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
     """A checkpoint with a matrix and a vector in one encoding, and their values as the formats' libraries read them."""
-    if request.param_index < len(DTYPES):
+    file_format, name = request.param
+    if file_format == "safetensors":
         torch.manual_seed(0)
-        tensors = {name: torch.randn(shape).to(DTYPES[request.param]) for name, shape in SHAPES.items()}
+        tensors = {tensor: torch.randn(shape).to(DTYPES[name]) for tensor, shape in SHAPES.items()}
         return write_safetensors(tmp_path / "hf", tensors), tensors
-    encoding = Encoding[request.param]
-    files = {
-        "blk.0.ffn_down.weight": encoded(SHAPES[MATRIX], encoding),
-        "output_norm.weight": encoded((WIDTH,), encoding),
-    }
-    checkpoint = write_gguf(tmp_path / "m.gguf", {name: (values, encoding) for name, values in files.items()})
-    wholes = [torch.from_numpy(np.array(gguf.quants.dequantize(values, encoding))) for values in files.values()]
-    return checkpoint, dict(zip(SHAPES, wholes, strict=True))
+    encoding = Encoding[name]
+    gguf_names = {MATRIX: "blk.0.ffn_down.weight", VECTOR: "output_norm.weight"}
+    files = {tensor: encoded(shape, encoding) for tensor, shape in SHAPES.items()}
+    checkpoint = write_gguf(tmp_path / "m.gguf", {gguf_names[tensor]: (files[tensor], encoding) for tensor in files})
+    decoded = {tensor: np.array(gguf.quants.dequantize(values, encoding)) for tensor, values in files.items()}
+    return checkpoint, {tensor: torch.from_numpy(values) for tensor, values in decoded.items()}
 
 
 def test_every_encoding(stored: tuple[Checkpoint, dict[str, torch.Tensor]]) -> None:
