@@ -64,7 +64,6 @@ class OutputFile:
         with self._files:
             if not self._ahead:
                 self._ahead_path.unlink(missing_ok=True)
-            os.fsync(self._out.fileno())
 
     @property
     def num_finished(self) -> int:

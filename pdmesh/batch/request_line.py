@@ -57,8 +57,11 @@ def custom_id_of(content: bytes | None) -> str | None:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content.decode())
-    # What json.loads raises for text that is no JSON, with too long a number, or nested too deep.
+        value = json.loads(content.decode().rstrip())
+    except json.JSONDecodeError as error:
+        message = f"the line is no JSON: {error.msg}, column {error.colno}"
+        raise InvalidRequestError(message, reason="INVALID_JSON") from error
+    # Of text that is not UTF-8, has too long a number, or is nested too deep.
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the line is no JSON: {error}", reason="INVALID_JSON") from error
     if not isinstance(value, dict):
