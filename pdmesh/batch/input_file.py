@@ -1,6 +1,7 @@
 """The file of requests: read once as a whole before anything is sent, then line by line."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class InputFile:
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
         try:
+            self._stamp = self._stamp_now()
             self.digest, self.num_requests = self._read_through()
         except BaseException:
             self._file.close()
@@ -65,11 +67,23 @@ class InputFile:
         self._file.close()
 
     def lines(self, start: int = 0) -> Iterator[Line]:
-        """The requests from index `start` on. One such iterator at a time."""
+        """The requests from index `start` on. One such iterator at a time.
+
+        Raises ConfigError where somebody has written to the file since it was read through.
+        """
         self._file.seek(0)
         for line in _lines(self._file, lambda _: None):
-            if line.index >= start:
-                yield line
+            if line.index < start:
+                continue
+            if self._stamp_now() != self._stamp:
+                raise ConfigError(
+                    f"{self.path} was changed while it was run: put back what it was, and the same command goes on"
+                )
+            yield line
+
+    def _stamp_now(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
 
     def _read_through(self) -> tuple[str, int]:
         digest = hashlib.sha256()

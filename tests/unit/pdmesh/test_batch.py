@@ -174,6 +174,23 @@ async def test_results_wait_for_their_turn_on_disk(batch: Batch, moody: MoodyInf
     assert moody.most_running == 4
 
 
+async def test_none_runs_too_far_ahead_of_the_oldest_unfinished_one(
+    batch: Batch, moody: MoodyInference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdmesh.batch.runner.MAX_AHEAD", 5)
+    ask(tmp_path, "slow one", *(f"text {number}" for number in range(20)))
+    running = asyncio.ensure_future(batch("--concurrency", "2"))
+    async with asyncio.timeout(20):
+        while len(moody.num_asked) < 5:
+            await asyncio.sleep(0.01)
+    # Time enough for all the others, were they let.
+    await asyncio.sleep(0.3)
+    assert len(moody.num_asked) == 5
+    moody.released.set()
+    assert await running == 0
+    assert len(results(tmp_path)) == 21
+
+
 async def test_what_passes_is_tried_again_until_it_has_passed(
     batch: Batch, moody: MoodyInference, tmp_path: Path
 ) -> None:

@@ -146,6 +146,17 @@ def test_a_line_beyond_all_bounds_keeps_its_place_and_not_its_content(tmp_path: 
     assert lengths == [2, None, MAX_LINE_BYTES, 2]
 
 
+def test_a_file_that_is_written_to_meanwhile_gives_no_more_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, b"{}\n{}\n")
+    with InputFile(path) as source:
+        lines = source.lines()
+        next(lines)
+        with path.open("ab") as file:
+            file.write(b"{}\n")
+        with pytest.raises(ConfigError, match="was changed while it was run"):
+            next(lines)
+
+
 def test_the_digest_is_that_of_every_byte(tmp_path: Path) -> None:
     digests = set()
     for content in (b"{}\n{}\n", b"{}\n{}", b"{}\n\n{}\n", b"{}\n{ }\n"):
