@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pdmesh.batch.input_file import InputFile
-from pdmesh.batch.result_line import beginning, place, succeeded
+from pdmesh.batch.result_line import beginning, place, succeeded, torn
 from pdmesh.errors import ConfigError
 
 
@@ -124,17 +124,18 @@ class OutputFile:
                     return
                 if success is None:
                     raise self._foreign(self.path, self.num_written + 1)
-                if not line.endswith(b"\n"):
-                    _write(self._out, b"\n")
                 self.num_written += 1
                 self.num_failed += not success
+                if not line.endswith(b"\n"):
+                    _write(self._out, b"\n")
+                    return
 
     def _recover_ahead(self) -> None:
         number = end = 0
         with open(self._ahead_file.fileno(), "rb", closefd=False) as file:
             for number, line in enumerate(file, 1):
                 success = succeeded(line)
-                if success is None and not line.endswith(b"\n"):
+                if success is None and torn(line, self._source.digest):
                     break
                 digest, index = place(line) or ("", 0)
                 if success is None or digest != self._source.digest or index >= self._source.num_requests:

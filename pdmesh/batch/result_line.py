@@ -35,6 +35,12 @@ def succeeded(line: bytes) -> bool | None:
     return result.get("error") is None
 
 
+def torn(line: bytes, digest: str) -> bool:
+    """Whether `line` can be the first part of a result of the input with this digest, and no more."""
+    begun = f'{{"id": "batch_req_{digest}_'.encode()
+    return not line.endswith(b"\n") and (line.startswith(begun) or begun.startswith(line))
+
+
 def answer_line(digest: str, index: int, custom_id: str, result: GenerationResult, *, chat: bool) -> bytes:
     """Ends with the line's newline, as all lines here."""
     body = chat_body(result) if chat else completion_body(result)

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     with InputFile(Path(config.input)) as source, OutputFile(Path(config.output), source) as output:
         progress = Progress(output, source.num_requests)
         if output.num_finished:
-            console.print(f"{config.output} has {output.num_finished:,} of {source.num_requests:,} results already")
+            has = f"{config.output} has {output.num_finished:,} of {source.num_requests:,} results already"
+            console.print(Text(has), soft_wrap=True)
         try:
             asyncio.run(_run(config, source, output, progress, console))
         except KeyboardInterrupt:

@@ -171,13 +171,20 @@ def test_who_removes_the_output_begins_anew(tmp_path: Path, source: InputFile) -
         assert output.num_finished == 0
 
 
-def test_a_foreign_file_beside_the_output_is_refused(tmp_path: Path, source: InputFile) -> None:
+@pytest.mark.parametrize("content", ["mine\n", "mine", '{"id": "batch_req_0123456789abcdef_0", "cus'])
+def test_a_foreign_file_beside_the_output_is_refused(tmp_path: Path, source: InputFile, content: str) -> None:
+    ahead = tmp_path / "out.jsonl.ahead"
+    ahead.write_text(content)
+    (tmp_path / "out.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"out\.jsonl\.ahead: line 1 is no result"):
+        OutputFile(tmp_path / "out.jsonl", source)
+    assert ahead.read_text() == content
+
+
+def test_beginning_anew_removes_no_foreign_file(tmp_path: Path, source: InputFile) -> None:
     ahead = tmp_path / "out.jsonl.ahead"
     ahead.write_text("mine\n")
     with pytest.raises(ConfigError, match="is in the way"):
-        OutputFile(tmp_path / "out.jsonl", source)
-    (tmp_path / "out.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"out\.jsonl\.ahead: line 1 is no result"):
         OutputFile(tmp_path / "out.jsonl", source)
     assert ahead.read_text() == "mine\n"
 
