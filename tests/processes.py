@@ -29,13 +29,21 @@ class ProcessMesh:
     """Use as `async with ProcessMesh(model, tmp_path, …) as mesh:`; the body runs when the router is SERVING."""
 
     def __init__(
-        self, model: Path, run_dir: Path, *, num_prefill: int = 1, num_decode: int = 1, flags: Sequence[str] = ()
+        self,
+        model: Path,
+        run_dir: Path,
+        *,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        flags: Sequence[str] = (),
+        prefill_flags: Sequence[str] = (),
+        decode_flags: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.valkey = ValkeyServer()
         self.address = f"127.0.0.1:{_free_port()}"
         self._run_dir = run_dir
-        self._flags = flags
+        self._flags = {"prefill": (*flags, *prefill_flags), "decode": (*flags, *decode_flags)}
         self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2])
         self.prefills = [self._worker("prefill", number) for number in range(num_prefill)]
         self.decodes = [self._worker("decode", number) for number in range(num_decode)]
@@ -43,7 +51,7 @@ class ProcessMesh:
     def _worker(self, role: str, number: int) -> ChildProcess:
         return self._service(
             f"{role}-{number}", role, "--worker-id", f"{role}-{number}", "--num-threads", "1", "--dtype", "float32",
-            *self._flags,
+            *self._flags[role],
         )  # fmt: skip
 
     def _service(self, name: str, module: str, *arguments: str) -> ChildProcess:
