@@ -43,9 +43,8 @@ class Rank:
         signal.signal(signal.SIGUSR1, lambda *_: os._exit(3))
         # What it starts must end with it, too.
         beside = subprocess.Popen(["sleep", "1000"])
-        self.write(
-            f"rank-{place.rank}", {"pid": os.getpid(), "beside": beside.pid, "place": json.loads(place.to_json())}
-        )
+        pids = {"pid": os.getpid(), "supervisor": os.getppid(), "beside": beside.pid}
+        self.write(f"rank-{place.rank}", {**pids, "place": json.loads(place.to_json())})
         if self._misdeed in ("fatal", "broken"):
             self._control.failed("no such model", fatal=self._misdeed == "fatal")
             print("pdmesh: no such model", file=sys.stderr, flush=True)
