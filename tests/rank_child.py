@@ -2,7 +2,7 @@
 
 It tells of itself in files of DIRECTORY, each named <generation>-<what>. MISDEED, where RANK and GENERATION are its
 own: "fatal" and "broken" say why they fail before they are ready; "exit" just exits 3; "deaf" serves, but does not heed
-that the group goes down; "hasty" exits 0 while it should follow. SIGUSR1 makes a rank exit 3.
+that the group goes down; "hasty" exits 0 while it should follow; "slow" is never ready. SIGUSR1 makes a rank exit 3.
 """
 
 import json
@@ -51,6 +51,8 @@ class Rank:
             return 2 if self._misdeed == "fatal" else 1
         if self._misdeed == "exit":
             return 3
+        if self._misdeed == "slow":
+            time.sleep(60)
         return self._lead() if place.rank == 0 else self._follow()
 
     def _lead(self) -> int:

@@ -173,7 +173,15 @@ def test_a_node_that_does_not_fit_is_refused_and_disturbs_nobody(tmp_path: Path,
                 assert words in refused.log.splitlines()[-1]
                 assert refused.log.splitlines()[-1].startswith("pdmesh: ")
             assert words in leader.log
-        for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"{" * 20_000, b'{"stop": 1}\n', b'{"hello": {}}\n'):
+        for garbage in (
+            b"{}\n",
+            b"[" * 10_000 + b"\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"[]\n",
+            b"{" * 20_000,
+            b'{"stop": 1}\n',
+            b'{"hello": {}}\n',
+        ):
             with socket.create_connection(("127.0.0.2", port), timeout=5) as stranger:
                 stranger.sendall(garbage)
                 with contextlib.suppress(ConnectionResetError):
