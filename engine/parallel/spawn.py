@@ -34,7 +34,9 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
         for descriptor in memory_fds.values():
             stack.callback(os.close, descriptor)
         pairs = {rank: socket.socketpair() for rank in range(1, size)}
-        control, _ = socket.socketpair()
+        # Of a supervisor that is not there: nobody says anything.
+        control, silent = socket.socketpair()
+        stack.enter_context(silent)
         leader = RankPlace(
             rank=0,
             size=size,
