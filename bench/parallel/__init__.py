@@ -6,6 +6,7 @@ decode      decode speed by tensor-parallel degree, beside as many ranks at once
 footprint   what each rank has in memory
 sums        all-reduce over shared memory beside Gloo's
 pipeline    one prompt over two stages, cut into micro-batches, beside the ideal
+others      how much of the machine other processes used meanwhile
 figures     medians, ratios, and whether they are as wanted
 tables      the figures, for a person
 """

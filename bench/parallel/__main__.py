@@ -37,6 +37,7 @@ from bench.parallel.figures import (
     sum_misses,
 )
 from bench.parallel.models import LLAMA_1B, LLAMA_135M, cached_llama
+from bench.parallel.others import MAX_CORES, other_cores, processor_times
 from bench.parallel.tables import Rows, decode_table, memory_table, pipeline_table, sum_table
 from engine.cpu.build import BuildError
 from pdmesh.errors import ConfigError
@@ -64,19 +65,19 @@ def main() -> None:
     # Wide enough for the tables where they go to a file.
     console = Console(width=None if sys.stdout.isatty() else 120)
     report: dict[str, Any] = {"machine": machine(), "settings": vars(options), "targets": _TARGETS}
-    # What else ran is told by these: with nothing else, about as many as the ranks that compute.
-    report["load_before"] = os.getloadavg()
     try:
         for part in options.only:
+            before = processor_times()
             with console.status("starting") as status:
                 rows, raw, misses = _PARTS[part](options, status.update)
             console.print(_TABLES[part](rows))
             for miss in misses:
                 console.print(miss, style="yellow")
-            report[part] = {"figures": dict(rows), "rounds": raw}
+            if (cores := other_cores(before, processor_times())) > MAX_CORES:
+                console.print(f"others used {cores:.2f} cores: measure again on a quiet machine", style="yellow")
+            report[part] = {"figures": dict(rows), "rounds": raw, "other_cores": cores}
     except (ConfigError, BuildError) as error:
         sys.exit(str(error))
-    report["load_after"] = os.getloadavg()
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"written to {options.json}")

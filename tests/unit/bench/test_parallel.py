@@ -23,6 +23,7 @@ from bench.parallel.footprint import Footprint, RankMemory
 from bench.parallel.groups import Group
 from bench.parallel.leading import Leading
 from bench.parallel.models import LLAMA_1B, LLAMA_135M, slice_of
+from bench.parallel.others import ProcessorTimes, other_cores
 from bench.parallel.pipeline import Times
 from bench.parallel.proc import memory_of, parse_memory
 
@@ -96,6 +97,12 @@ def test_memory_of_a_process_is_read() -> None:
     held = torch.ones(64 * MIB, dtype=torch.uint8)
     assert memory_of(os.getpid()).anonymous - before.anonymous > 60 * MIB
     del held
+
+
+def test_others_are_whoever_is_not_ours() -> None:
+    before = ProcessorTimes(clock=1.0, everybody=100.0, own=10.0)
+    assert other_cores(before, ProcessorTimes(clock=5.0, everybody=107.0, own=15.0)) == pytest.approx(0.5)
+    assert other_cores(before, ProcessorTimes(clock=5.0, everybody=104.0, own=14.01)) == 0
 
 
 def test_a_plain_batch_has_blocks_of_its_own_and_wants_the_last_states() -> None:
