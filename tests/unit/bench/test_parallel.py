@@ -63,7 +63,7 @@ def test_memory_is_judged_by_the_rank_that_has_most() -> None:
     assert figures[2]["loading_ratio"] == pytest.approx(1200 / 1400)
     assert figures[1]["said_share"] == 1
     assert memory_misses(figures) == []
-    large = memory_figures({1: Footprint((WHOLE,), 200), 2: Footprint((WHOLE, WHOLE), 200)})
+    large = memory_figures({1: Footprint((WHOLE,), 50), 2: Footprint((WHOLE, WHOLE), 50)})
     assert len(memory_misses(large)) == 4
 
 
