@@ -16,7 +16,8 @@ from gguf.quants import dequantize
 
 from engine.config_fields import Fields
 from engine.model_config import GgufTensorFacts, ModelConfig, config_from_gguf
-from engine.weights.checkpoint import StoredTensor
+from engine.weights.checkpoint import WHOLE, Part, StoredTensor
+from engine.weights.pages import release_pages
 from pdmesh.errors import ConfigError
 from pdmesh.gguf_header import GgufTensor, read_gguf_header
 
@@ -25,8 +26,10 @@ _ENCODINGS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_
 # Encodings whose values numpy knows; the library takes the bytes of all others.
 _PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
-# A multiple of the values in a block of any encoding.
+# Decoded at a time: pieces of this size stay in the processor's cache.
 _PIECE_VALUES = 1 << 18
+# No less than what systems map of a file around the page that is asked for.
+_READ_AROUND_BYTES = 1 << 17
 
 _TOP_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -69,7 +72,7 @@ class GgufFile:
             has_output=_OUTPUT in stored,
             has_attention_bias="blk.0.attn_q.bias" in stored,
             has_mlp_bias="blk.0.ffn_gate.bias" in stored,
-            rope_freqs=() if rope_freqs is None else tuple(self._values(rope_freqs).tolist()),
+            rope_freqs=() if rope_freqs is None else tuple(self._values(rope_freqs, torch.float32).tolist()),
         )
         self._config = config_from_gguf(Fields(str(path), header.metadata), facts, path.stem)
         self._by_hf_name = {_hf_name(name): tensor for name, tensor in stored.items()}
@@ -90,13 +93,9 @@ class GgufFile:
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        values = self._values(self._by_hf_name[name])
-        if ".self_attn.q_proj." in name:
-            values = _unpermuted(values, self._config.num_heads)
-        elif ".self_attn.k_proj." in name:
-            values = _unpermuted(values, self._config.num_kv_heads)
-        return values.to(dtype)
+    def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
+        num_heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
+        return self._values(self._by_hf_name[name], dtype, part, num_heads.get(name.split(".")[-2]))
 
     def _check(self, tensor: GgufTensor) -> GgufTensor:
         """Raises ConfigError for a tensor that we cannot decode, or that the file does not hold whole."""
@@ -112,18 +111,47 @@ class GgufFile:
             )
         return tensor
 
-    def _values(self, tensor: GgufTensor) -> torch.Tensor:
-        """Dequantised, float32, in memory of their own."""
+    def _values(
+        self, tensor: GgufTensor, dtype: torch.dtype, part: Part = WHOLE, num_heads: int | None = None
+    ) -> torch.Tensor:
+        """Dequantised, in memory of their own; with `num_heads`, the rows of each head in Hugging Face's order."""
+        values = torch.empty(part.shape_of(tensor.shape), dtype=dtype)
+        rows = part.rows_of(tensor.shape)
+        # An order of rows that differs only within a head asks for whole heads, in a part and in each of its pieces.
+        head_rows = tensor.shape[0] // num_heads if num_heads else 1
+        assert rows.start % head_rows == rows.stop % head_rows == 0, f"{rows} of {tensor.name} cut through a head"
+        if values.numel() == 0:
+            return values
+        if len(tensor.shape) == 1:
+            decoded = self._decoded(tensor, range(1), rows)[0]
+            return values.copy_(_unpermuted(decoded, head_rows) if num_heads else decoded)
+        width = math.prod(tensor.shape[1:])
+        columns = range(width) if part.columns is None else part.columns
+        rows_each = max(_PIECE_VALUES // max(head_rows * width, 1), 1) * head_rows
+        for first in range(0, len(rows), rows_each):
+            piece = rows[first : first + rows_each]
+            decoded = self._decoded(tensor, piece, columns).reshape(len(piece), *values.shape[1:])
+            values[first : first + len(piece)] = _unpermuted(decoded, head_rows) if num_heads else decoded
+        return values
+
+    def _decoded(self, tensor: GgufTensor, rows: range, columns: range) -> torch.Tensor:
+        """Float32, (rows, columns), of a tensor taken as a matrix, a vector as one row."""
         kind = GGMLQuantizationType(tensor.type_id)
         per_block, block_bytes = GGML_QUANT_SIZES[kind]
-        values = np.empty(math.prod(tensor.shape), np.float32)
-        # Rows are whole blocks, so the shape does not matter; pieces of this size stay in the processor's cache.
-        for first in range(0, values.size, _PIECE_VALUES):
-            end = min(first + _PIECE_VALUES, values.size)
-            begin_bytes, end_bytes = (tensor.offset + place // per_block * block_bytes for place in (first, end))
-            piece = self._bytes[begin_bytes:end_bytes].view(_PLAIN.get(kind, np.uint8))
-            values[first:end] = dequantize(piece[np.newaxis], kind)[0]
-        return torch.from_numpy(values.reshape(tensor.shape))
+        width = tensor.shape[0] if len(tensor.shape) == 1 else math.prod(tensor.shape[1:])
+        row_bytes = width // per_block * block_bytes
+        first_block, end_block = columns.start // per_block, -(-columns.stop // per_block)
+        begin, end = (tensor.offset + row * row_bytes for row in (rows.start, rows.stop))
+        encoded = self._bytes[begin:end].reshape(len(rows), row_bytes)
+        wanted = encoded[:, first_block * block_bytes : end_block * block_bytes]
+        # As one row: the library works on few rows at a time.
+        blocks = np.ascontiguousarray(wanted).reshape(1, -1).view(_PLAIN.get(kind, np.uint8))
+        # Float32 comes as it lies in the file, where torch must not write.
+        decoded = np.require(dequantize(blocks, kind), requirements=("ALIGNED", "WRITEABLE"))
+        release_pages(self._bytes[max(tensor.offset, begin - _READ_AROUND_BYTES) : end])
+        columns_from = first_block * per_block
+        matrix = decoded.reshape(len(rows), -1)[:, columns.start - columns_from : columns.stop - columns_from]
+        return torch.from_numpy(matrix)
 
 
 def _encoding(tensor: GgufTensor) -> str:
@@ -151,11 +179,11 @@ def _hf_name(gguf_name: str) -> str:
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
 
 
-def _unpermuted(values: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rows of a q or k projection in Hugging Face's order.
+def _unpermuted(values: torch.Tensor, head_rows: int) -> torch.Tensor:
+    """Rows of whole heads of a q or k projection in Hugging Face's order.
 
     llama.cpp turns neighbouring dimensions of a head together, Hugging Face's code each with the one half a head
     away; the converter to GGUF interleaves the halves of each head's rows, and this takes them apart.
     """
-    pairs = values.view(num_heads, -1, 2, *values.shape[1:])
+    pairs = values.reshape(-1, head_rows // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)

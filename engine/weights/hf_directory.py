@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig, config_from_hf
-from engine.weights.checkpoint import StoredTensor
+from engine.weights.checkpoint import WHOLE, Part, StoredTensor
+from engine.weights.pages import release_pages
 from pdmesh.errors import ConfigError
 
 _CONFIG = "config.json"
@@ -22,6 +25,8 @@ _INDEX = "model.safetensors.index.json"
 DOWNLOAD_PATTERNS = (_CONFIG, _GENERATION_CONFIG, _INDEX, "model*.safetensors")
 
 _MAX_JSON_BYTES = 64 * 2**20
+# Of the file, mapped at a time.
+_PIECE_BYTES = 8 * 2**20
 _ENCODING_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -51,14 +56,27 @@ class HfDirectory:
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        file = self._tensors[name].file
+    def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
+        stored = self._tensors[name]
+        # Copied even where the dtype is right: the model must not depend on what becomes of the file.
+        values = torch.empty(part.shape_of(stored.shape), dtype=dtype)
         try:
-            mapped: torch.Tensor = self._shards[file].get_tensor(name)
+            lazy = self._shards[stored.file].get_slice(name)
+            if values.dim() == 0:
+                return values.copy_(lazy[...])
+            columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
+            rows = part.rows_of(stored.shape)
+            row_bytes = stored.num_bytes // max(stored.shape[0], 1)
+            rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
+            for first in range(0, len(rows), rows_each):
+                piece = rows[first : first + rows_each]
+                # A view of the mapped file, of whatever columns.
+                mapped: torch.Tensor = lazy[(slice(piece.start, piece.stop), *columns)]
+                values[first : first + len(piece)] = mapped
+                release_pages(_bytes_from_first_to_last(mapped))
         except SafetensorError as error:
-            raise ConfigError(f"{file}: tensor {name} cannot be read ({error}): get the file anew") from error
-        # A copy even where the dtype is right: the model must not depend on what becomes of the file.
-        return mapped.to(dtype, copy=True)
+            raise ConfigError(f"{stored.file}: tensor {name} cannot be read ({error}): get the file anew") from error
+        return values
 
     def _check_listed(self, shard: str, listed: frozenset[str]) -> None:
         """Raises ConfigError where the index puts a tensor into a shard that does not hold it."""
@@ -68,6 +86,14 @@ class HfDirectory:
                     f"{self._directory / _INDEX}: tensor {name} is listed in {shard}, which does not hold it: "
                     "get the index and its shards from the same place"
                 )
+
+
+def _bytes_from_first_to_last(values: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes that a view with ascending strides spans, with those between its rows."""
+    if values.numel() == 0:
+        return np.empty(0, np.uint8)
+    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
+    return values.as_strided((last + 1,), (1,)).view(torch.uint8).numpy()
 
 
 def _read_config(directory: Path, name: str) -> ModelConfig:
