@@ -1,12 +1,16 @@
 """`python -m decode MODEL`: one decode worker."""
 
+from typing import TYPE_CHECKING
+
 from decode.config import DecodeConfig
-from decode.service import DecodeService
-from engine.local_engine import LocalEngine
 from kvstore.redis_directory import RedisDirectory
 from pdmesh.config import parse
-from pdmesh.server import run
 from pdmesh.telemetry import configure_logging
+from worker.ranks import run_worker
+
+if TYPE_CHECKING:
+    from decode.service import DecodeService
+    from engine.local_engine import LocalEngine
 
 
 def main() -> None:
@@ -15,12 +19,13 @@ def main() -> None:
     )
     service = config.worker.service
     configure_logging(service.log_level, "decode")
-    run(
-        lambda: DecodeService(
-            config, LocalEngine(config.worker.engine), RedisDirectory(service.redis_url, service.cluster)
-        ),
-        drain_s=service.drain_s,
-    )
+
+    def make_service(engine: "LocalEngine") -> "DecodeService":
+        from decode.service import DecodeService
+
+        return DecodeService(config, engine, RedisDirectory(service.redis_url, service.cluster))
+
+    run_worker(config.worker, "decode", make_service, lend_kv=False)
 
 
 if __name__ == "__main__":

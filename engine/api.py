@@ -134,6 +134,23 @@ class EngineStatus:
     prefill_token_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """One of the processes that compute an engine's steps together.
+
+    Attributes:
+        host: Its node's address.
+        weight_bytes: Of its shard of the model.
+        kv_bytes: Of its part of the KV cache.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    weight_bytes: int
+    kv_bytes: int
+
+
 class OutputStream(Protocol):
     """Outputs of one request, in order; raises what ended the request if it failed.
 
@@ -188,6 +205,11 @@ class Engine(Protocol):
     def facts(self) -> PairingFacts: ...
     @property
     def memory(self) -> BlockMemory: ...
+
+    @property
+    def ranks(self) -> tuple[RankInfo, ...]:
+        """Those that compute together, this process first; empty where it is alone."""
+        ...
 
     async def start(self, on_progress: Callable[[int, int], None]) -> None:
         """Loads weights, reporting (bytes loaded, bytes in all), and starts the thread. Raises ConfigError."""

@@ -10,13 +10,14 @@ from typing import Protocol
 
 import torch
 
+from engine.api import RankInfo
 from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
 from engine.loader import ALONE, DTYPES, LoadedModel, Split
-from engine.parallel.group import RankGroup, RankInfo
+from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
 from engine.parallel.rank import Rank

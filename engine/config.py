@@ -1,12 +1,15 @@
 """What an engine is told, and how many KV blocks that comes to."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
 from pdmesh.host_memory import available_host_bytes
+
+if TYPE_CHECKING:
+    # Late, where it is needed: a supervisor of ranks reads this config, and computes nothing.
+    import torch
 
 _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 # Of the memory that is free once the weights are loaded.
@@ -70,8 +73,10 @@ class EngineConfig:
             )
 
     @property
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """Raises ConfigError for cuda where there is none."""
+        import torch
+
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is cuda, and torch finds no CUDA device here: use cpu or auto")
         if self.device == "auto":
@@ -134,9 +139,11 @@ def cache_size(config: EngineConfig, block_bytes: int, model_max_len: int, avail
     return CacheSize(num_blocks, min(max_len, capacity))
 
 
-def available_memory_bytes(device: torch.device) -> int:
+def available_memory_bytes(device: "torch.device") -> int:
     """Free memory on `device`; for the host, also within this container's limit."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
     return available_host_bytes()

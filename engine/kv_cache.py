@@ -1,8 +1,8 @@
 """The KV cache's tensor: where the keys and values of every block lie, how they get there, and how they leave.
 
-A block is one contiguous run of bytes over all heads and layers, so it travels as it lies: [KV head][layer][K, V][tile].
-A range of heads is one run in it too. Where several ranks of a host compute one model, each has a `KVCache` that is its
-region, its heads and layers of every block, in one memory where blocks lie whole: what moves blocks knows of no ranks.
+A block is one contiguous run of bytes over all heads and layers, and travels as it lies: [KV head][layer][K, V][tile].
+A range of heads is one run in it, too. Where several ranks of a host compute one model, the `KVCache` of each is its
+region, its heads and layers of every block, in memory where blocks lie whole: what moves blocks knows of no ranks.
 
 Of the tile, the tokens of one block in one layer and head, there are two orders:
 
@@ -42,7 +42,7 @@ PLAIN = KVLayout()
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: K and V of `block_size` tokens over all layers."""
+    """Bytes of one whole block: K and V of `block_size` tokens over all heads and layers."""
     return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
 
 
@@ -82,8 +82,8 @@ class KVCache:
             kv_heads: Those of the region; None: all.
             layers: Those of the region; None: all.
             lend: The whole blocks lie in `file`, for other processes of this host to read.
-            memory: Maps this file, which is as long as the blocks and not sealed yet, instead of making memory. Its
-                descriptor stays the caller's.
+            memory: Maps this file, which is as long as the whole blocks and not sealed yet, instead of making memory,
+                whatever `lend` says. Its descriptor stays the caller's, and `file` is this.
 
         Raises:
             ConfigError: where the memory cannot be had.

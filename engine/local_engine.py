@@ -24,6 +24,7 @@ from engine.api import (
     ImportedPrompt,
     OutputStream,
     PrefillStream,
+    RankInfo,
 )
 from engine.assembly import Assembly, ModelLoader, assemble
 from engine.config import EngineConfig
@@ -33,7 +34,7 @@ from engine.engine_thread import Delivery, EngineThread
 from engine.leases import Reservation
 from engine.loader import load_model
 from engine.parallel.exchange import GroupDownError
-from engine.parallel.group import RankGroup, RankInfo
+from engine.parallel.group import RankGroup
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.streams import EngineStream
@@ -156,12 +157,17 @@ class LocalEngine:
     def give_up(self, reason: str) -> None:
         """Ends the engine because a rank of its group is lost: every request fails with `reason` at once.
 
-        Called on the event loop.
+        Called on any thread, at any time.
         """
         assert self._group is not None
-        error = GroupDownError(reason)
         self._group.give_up(reason)
         self._thread.stop()
+        if self._loop is not None:
+            # It may have gone.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._on_down, GroupDownError(reason))
+
+    def _on_down(self, error: GroupDownError) -> None:
         if self._started is not None:
             _fail(self._started, error)
         self._end(error)

@@ -104,7 +104,6 @@ class PairingFacts:
     num_kv_heads: int
     head_dim: int
     kv_layout: str
-    tp_size: int = 1
     protocol_version: int = PROTOCOL_VERSION
 
     def mismatch(self, other: PairingFacts) -> str:
@@ -179,6 +178,8 @@ class WorkerInfo:
     loaded_bytes: int = 0
     total_bytes: int = 0
     kv_transports: str = ""
+    tp_size: int = 1
+    pp_size: int = 1
 
     def updated(self, *, state: WorkerState | None = None, load: Load | None = None) -> WorkerInfo:
         return replace(self, state=state or self.state, load=load or self.load)
@@ -198,6 +199,9 @@ class WorkerInfo:
             loaded_bytes=message.loaded_bytes,
             total_bytes=message.total_bytes,
             kv_transports=message.kv_transports,
+            # Of stores, and of workers of a version that knew no ranks, 0.
+            tp_size=message.tp_size or 1,
+            pp_size=message.pp_size or 1,
         )
 
     def to_pb(self) -> pb.WorkerInfo:
@@ -213,6 +217,8 @@ class WorkerInfo:
             loaded_bytes=self.loaded_bytes,
             total_bytes=self.total_bytes,
             kv_transports=self.kv_transports,
+            tp_size=self.tp_size,
+            pp_size=self.pp_size,
         )
 
 

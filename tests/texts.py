@@ -1,6 +1,7 @@
 """Texts that a model computes step by step, cut and mixed as a test wants, and the logits that come of it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ class Texts:
     """Texts computed side by side in one cache, whose blocks are scattered and begin as NaN.
 
     Args:
+        region: The cache holds but some heads and layers of its blocks: not the first, not the last.
         make_executor: Of the loaded model and the cache.
     """
 
@@ -37,6 +39,7 @@ class Texts:
         *,
         block_size: int = 4,
         layout: KVLayout = PLAIN,
+        region: bool = False,
         make_executor: Callable[[LoadedModel, KVCache], ModelExecutor] = plain_torch,
     ) -> None:
         self.loaded = loaded
@@ -49,8 +52,19 @@ class Texts:
         self.tables = order.view(len(texts), blocks_each)
         dtype = next(loaded.model.parameters()).dtype
         num_blocks = len(order) + 1
+        config, kv_heads, layers = loaded.config, range(loaded.config.num_kv_heads), range(loaded.config.num_layers)
+        if region:
+            config = replace(config, num_kv_heads=len(kv_heads) + 2, num_layers=len(layers) + 2)
+            kv_heads, layers = range(1, len(kv_heads) + 1), range(1, len(layers) + 1)
         self.cache = KVCache(
-            loaded.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU, layout=layout
+            config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=CPU,
+            layout=layout,
+            kv_heads=kv_heads,
+            layers=layers,
         )
         self.cache.data.fill_(torch.nan)
         self.executor = make_executor(loaded, self.cache)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from engine.config import EngineConfig
 from kvstore.tiers.config import TierConfig
 from pdmesh.config import ServiceConfig, option
+from pdmesh.ranks.config import GroupConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,3 +15,4 @@ class WorkerConfig:
     tiers: TierConfig
     worker_id: str | None = option("name of this worker, unique in the cluster; default: drawn", default=None)
     max_requests: int = option("requests held at once, queued ones included; more are refused", default=256)
+    group: GroupConfig = GroupConfig()

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
@@ -74,6 +74,8 @@ class WorkerHost:
             role=role,
             state=WorkerState.LOADING,
             address="",
+            tp_size=config.group.tp,
+            pp_size=config.group.pp,
         )
 
     @property
@@ -216,6 +218,7 @@ class WorkerHost:
             num_cached_blocks=held.num_cached_blocks if held else 0,
             uptime_s=time.monotonic() - self._started_at,
             num_steps=held.num_steps if held else 0,
+            ranks=[cluster_pb2.RankStatus(**asdict(rank)) for rank in self.engine.ranks] if held else (),
         )
 
 

@@ -3,8 +3,8 @@
 Imported only where Triton is. Runs without a device too, slowly, where TRITON_INTERPRET=1 was set before the import.
 
 One layer of the cache is [num_blocks, num_kv_heads, 2, BLOCK_SIZE, HEAD_DIM] with gaps between its blocks and between
-their heads; index 0 of the third is K. The G query heads that share a KV head become G rows of one tile per token, so K and V are read once
-for all of them: row r of a tile is head r % G of token r // G.
+their heads; index 0 of the third is K. The G query heads that share a KV head become G rows of one tile per token, so K
+and V are read once for all of them: row r of a tile is head r % G of token r // G.
 
 A softmax is folded over TILE_KEYS keys at a time, in float32 and base 2 (`scale` has log2(e) in it): `peak` is the
 largest score so far, `total` the sum of exponentials and `mixed` the sum of values, both relative to `peak`

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from engine.api import RankInfo
 from engine.cpu.library import Meetings
 from engine.loader import LoadedModel, Split
 from engine.parallel.distributed import DistributedExchange
@@ -22,17 +22,6 @@ from pdmesh.types import MemoryFile
 _LEADER = 0
 # In which a follower of another node says who it is, once connected.
 _HELLO_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """One rank of a group that serves. `weight_bytes` are its shard's, `kv_bytes` its part of the KV cache."""
-
-    rank: int
-    host: str
-    pid: int
-    weight_bytes: int
-    kv_bytes: int
 
 
 class RankGroup:

@@ -25,7 +25,7 @@ _INDEX = "model.safetensors.index.json"
 DOWNLOAD_PATTERNS = (_CONFIG, _GENERATION_CONFIG, _INDEX, "model*.safetensors")
 
 _MAX_JSON_BYTES = 64 * 2**20
-# Of the file, mapped at a time.
+# How much of the mapped file is read before its pages are let go.
 _PIECE_BYTES = 8 * 2**20
 _ENCODING_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -65,15 +65,15 @@ class HfDirectory:
             if values.dim() == 0:
                 return values.copy_(lazy[...])
             columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
-            rows = part.rows_of(stored.shape)
+            rows, whole = part.rows_of(stored.shape), _bytes_of(lazy[...])
             row_bytes = stored.num_bytes // max(stored.shape[0], 1)
             rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
             for first in range(0, len(rows), rows_each):
                 piece = rows[first : first + rows_each]
-                # A view of the mapped file, of whatever columns.
-                mapped: torch.Tensor = lazy[(slice(piece.start, piece.stop), *columns)]
-                values[first : first + len(piece)] = mapped
-                release_pages(_bytes_from_first_to_last(mapped))
+                # From views of the mapped file.
+                values[first : first + len(piece)] = lazy[(slice(piece.start, piece.stop), *columns)]
+                # The whole: systems map more of a file than is asked for, on both sides of a piece.
+                release_pages(whole)
         except SafetensorError as error:
             raise ConfigError(f"{stored.file}: tensor {name} cannot be read ({error}): get the file anew") from error
         return values
@@ -88,12 +88,9 @@ class HfDirectory:
                 )
 
 
-def _bytes_from_first_to_last(values: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes that a view with ascending strides spans, with those between its rows."""
-    if values.numel() == 0:
-        return np.empty(0, np.uint8)
-    last = sum((size - 1) * stride for size, stride in zip(values.shape, values.stride(), strict=True))
-    return values.as_strided((last + 1,), (1,)).view(torch.uint8).numpy()
+def _bytes_of(mapped: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a contiguous tensor, where they lie."""
+    return mapped.flatten().view(torch.uint8).numpy()
 
 
 def _read_config(directory: Path, name: str) -> ModelConfig:

@@ -17,6 +17,7 @@ _COMMANDS = {
     "up": "run a cluster on this machine",
     "generate": "complete a prompt",
     "chat": "talk to the model",
+    "batch": "run a file of prompts",
     "status": "show the workers of a cluster",
     "transfers": "show how KV moves between the workers",
     "drain": "let a worker finish and leave",

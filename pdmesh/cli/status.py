@@ -14,7 +14,7 @@ from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.client import Client
 from pdmesh.cluster_view import ServerInfo, WorkerView
 from pdmesh.config import option, parse
-from pdmesh.types import Load, Role, WorkerState
+from pdmesh.types import Load, Role, WorkerInfo, WorkerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def _table(workers: Sequence[WorkerView]) -> Table:
         lacking = "no KV from it" if is_store else "no requests"
         table.add_row(
             info.worker_id,
-            info.role.value,
+            _role(info),
             _state(view),
             info.address,
             info.model.name if info.model else "",
@@ -74,6 +74,12 @@ def _table(workers: Sequence[WorkerView]) -> Table:
             Text(f"{lacking}: {view.excluded_because}" if view.excluded_because else "", "yellow"),
         )
     return table
+
+
+def _role(info: WorkerInfo) -> str:
+    """The role, and the degrees of a worker with several ranks."""
+    degrees = (("TP", info.tp_size), ("PP", info.pp_size))
+    return " ".join((info.role.value, *(f"{name} {size}" for name, size in degrees if size > 1)))
 
 
 def _kept(load: Load) -> str:

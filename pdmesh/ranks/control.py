@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 # Far below what a socket buffer takes, so that a packet never waits.
 MAX_MESSAGE_CHARS = 2000
-_PACKET_BYTES = 64 * 1024
+PACKET_BYTES = 64 * 1024
 
 
 class RankControl:
@@ -53,7 +53,7 @@ class RankControl:
     def _listen(self) -> None:
         with self._socket:
             try:
-                packet = self._socket.recv(_PACKET_BYTES)
+                packet = self._socket.recv(PACKET_BYTES)
             except OSError:
                 packet = b""
             self._on_down(json.loads(packet)["down"] if packet else "the supervisor of its ranks is gone")

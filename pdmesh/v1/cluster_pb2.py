@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from pdmesh.v1 import common_pb2 as pdmesh_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdmesh/v1/cluster.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\"\x14\n\x12ListWorkersRequest\"=\n\x13ListWorkersResponse\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.pdmesh.v1.WorkerView\"p\n\nWorkerView\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.WorkerInfo\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_assigned\x18\x03 \x01(\r\x12\x18\n\x10\x65xcluded_because\x18\x04 \x01(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainWorkerResponse\"\x12\n\x10GetStatusRequest\"\xd2\x01\n\x11GetStatusResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x12\n\nnum_leases\x18\x03 \x01(\r\x12\x13\n\x0bnum_tickets\x18\x04 \x01(\r\x12\x19\n\x11num_request_tasks\x18\x05 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x1c\n\x1aWorkerListTransfersRequest\"H\n\x1bWorkerListTransfersResponse\x12)\n\x06report\x18\x01 \x01(\x0b\x32\x19.pdmesh.v1.TransferReport\"\x1d\n\x1b\x43lusterListTransfersRequest\"K\n\x1c\x43lusterListTransfersResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.pdmesh.v1.WorkerTransfers\"\x8e\x01\n\x0fWorkerTransfers\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.pdmesh.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x06report\x18\x04 \x01(\x0b\x32\x19.pdmesh.v1.TransferReport\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\xa8\x02\n\x0eTransferReport\x12%\n\x04live\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.LiveTransfer\x12\x10\n\x08num_live\x18\x02 \x01(\r\x12\x13\n\x0bnum_tickets\x18\x03 \x01(\r\x12\x12\n\nnum_leases\x18\x04 \x01(\r\x12(\n\x06totals\x18\x05 \x03(\x0b\x32\x18.pdmesh.v1.TransferTotal\x12+\n\x07\x63hoices\x18\x06 \x03(\x0b\x32\x1a.pdmesh.v1.TransportChoice\x12/\n\tfallbacks\x18\x07 \x03(\x0b\x32\x1c.pdmesh.v1.TransportFallback\x12,\n\x08\x66\x61ilures\x18\x08 \x03(\x0b\x32\x1a.pdmesh.v1.TransferFailure\"\xb9\x01\n\x0cLiveTransfer\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\"\xc8\x01\n\rTransferTotal\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x04 \x01(\x04\x12\x12\n\nnum_failed\x18\x05 \x01(\x04\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x11\n\tnum_parts\x18\x07 \x01(\x04\x12\x12\n\nduration_s\x18\x08 \x01(\x01\"Q\n\x0fTransportChoice\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\"o\n\x11TransportFallback\x12\x16\n\x0e\x66rom_transport\x18\x01 \x01(\t\x12\x14\n\x0cto_transport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\"\xd6\x01\n\x0fTransferFailure\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12+\n\x07outcome\x18\x05 \x01(\x0e\x32\x1a.pdmesh.v1.TransferOutcome\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01*\x9a\x01\n\x11TransferDirection\x12\"\n\x1eTRANSFER_DIRECTION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRANSFER_DIRECTION_SENDING\x10\x01\x12 \n\x1cTRANSFER_DIRECTION_RECEIVING\x10\x02\x12\x1f\n\x1bTRANSFER_DIRECTION_FETCHING\x10\x03*\xe9\x01\n\x0fTransferOutcome\x12 \n\x1cTRANSFER_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15TRANSFER_OUTCOME_DONE\x10\x01\x12\x1c\n\x18TRANSFER_OUTCOME_ABORTED\x10\x02\x12\x19\n\x15TRANSFER_OUTCOME_LOST\x10\x03\x12\"\n\x1eTRANSFER_OUTCOME_LEASE_EXPIRED\x10\x04\x12\x1e\n\x1aTRANSFER_OUTCOME_CORRUPTED\x10\x05\x12\x1c\n\x18TRANSFER_OUTCOME_REFUSED\x10\x06\x32\x87\x02\n\x07\x43luster\x12L\n\x0bListWorkers\x12\x1d.pdmesh.v1.ListWorkersRequest\x1a\x1e.pdmesh.v1.ListWorkersResponse\x12L\n\x0b\x44rainWorker\x12\x1d.pdmesh.v1.DrainWorkerRequest\x1a\x1e.pdmesh.v1.DrainWorkerResponse\x12`\n\rListTransfers\x12&.pdmesh.v1.ClusterListTransfersRequest\x1a\'.pdmesh.v1.ClusterListTransfersResponse2\xec\x01\n\x06Worker\x12\x46\n\tGetStatus\x12\x1b.pdmesh.v1.GetStatusRequest\x1a\x1c.pdmesh.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.pdmesh.v1.DrainRequest\x1a\x18.pdmesh.v1.DrainResponse\x12^\n\rListTransfers\x12%.pdmesh.v1.WorkerListTransfersRequest\x1a&.pdmesh.v1.WorkerListTransfersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdmesh/v1/cluster.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\"\x14\n\x12ListWorkersRequest\"=\n\x13ListWorkersResponse\x12&\n\x07workers\x18\x01 \x03(\x0b\x32\x15.pdmesh.v1.WorkerView\"p\n\nWorkerView\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.WorkerInfo\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x14\n\x0cnum_assigned\x18\x03 \x01(\r\x12\x18\n\x10\x65xcluded_because\x18\x04 \x01(\t\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainWorkerResponse\"\x12\n\x10GetStatusRequest\"\xf8\x01\n\x11GetStatusResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.WorkerInfo\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\x12\x12\n\nnum_leases\x18\x03 \x01(\r\x12\x13\n\x0bnum_tickets\x18\x04 \x01(\r\x12\x19\n\x11num_request_tasks\x18\x05 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\r\x12\x10\n\x08uptime_s\x18\x07 \x01(\x01\x12\x11\n\tnum_steps\x18\x08 \x01(\x04\x12$\n\x05ranks\x18\t \x03(\x0b\x32\x15.pdmesh.v1.RankStatus\"]\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x1c\n\x1aWorkerListTransfersRequest\"H\n\x1bWorkerListTransfersResponse\x12)\n\x06report\x18\x01 \x01(\x0b\x32\x19.pdmesh.v1.TransferReport\"\x1d\n\x1b\x43lusterListTransfersRequest\"K\n\x1c\x43lusterListTransfersResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.pdmesh.v1.WorkerTransfers\"\x8e\x01\n\x0fWorkerTransfers\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.pdmesh.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12)\n\x06report\x18\x04 \x01(\x0b\x32\x19.pdmesh.v1.TransferReport\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\xa8\x02\n\x0eTransferReport\x12%\n\x04live\x18\x01 \x03(\x0b\x32\x17.pdmesh.v1.LiveTransfer\x12\x10\n\x08num_live\x18\x02 \x01(\r\x12\x13\n\x0bnum_tickets\x18\x03 \x01(\r\x12\x12\n\nnum_leases\x18\x04 \x01(\r\x12(\n\x06totals\x18\x05 \x03(\x0b\x32\x18.pdmesh.v1.TransferTotal\x12+\n\x07\x63hoices\x18\x06 \x03(\x0b\x32\x1a.pdmesh.v1.TransportChoice\x12/\n\tfallbacks\x18\x07 \x03(\x0b\x32\x1c.pdmesh.v1.TransportFallback\x12,\n\x08\x66\x61ilures\x18\x08 \x03(\x0b\x32\x1a.pdmesh.v1.TransferFailure\"\xb9\x01\n\x0cLiveTransfer\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01\"\xc8\x01\n\rTransferTotal\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x13\n\x0bnum_aborted\x18\x04 \x01(\x04\x12\x12\n\nnum_failed\x18\x05 \x01(\x04\x12\x11\n\tnum_bytes\x18\x06 \x01(\x04\x12\x11\n\tnum_parts\x18\x07 \x01(\x04\x12\x12\n\nduration_s\x18\x08 \x01(\x01\"Q\n\x0fTransportChoice\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\"o\n\x11TransportFallback\x12\x16\n\x0e\x66rom_transport\x18\x01 \x01(\t\x12\x14\n\x0cto_transport\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x05 \x01(\x01\"\xd6\x01\n\x0fTransferFailure\x12/\n\tdirection\x18\x01 \x01(\x0e\x32\x1c.pdmesh.v1.TransferDirection\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04peer\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12+\n\x07outcome\x18\x05 \x01(\x0e\x32\x1a.pdmesh.v1.TransferOutcome\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\r\n\x05\x61ge_s\x18\x08 \x01(\x01*\x9a\x01\n\x11TransferDirection\x12\"\n\x1eTRANSFER_DIRECTION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRANSFER_DIRECTION_SENDING\x10\x01\x12 \n\x1cTRANSFER_DIRECTION_RECEIVING\x10\x02\x12\x1f\n\x1bTRANSFER_DIRECTION_FETCHING\x10\x03*\xe9\x01\n\x0fTransferOutcome\x12 \n\x1cTRANSFER_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15TRANSFER_OUTCOME_DONE\x10\x01\x12\x1c\n\x18TRANSFER_OUTCOME_ABORTED\x10\x02\x12\x19\n\x15TRANSFER_OUTCOME_LOST\x10\x03\x12\"\n\x1eTRANSFER_OUTCOME_LEASE_EXPIRED\x10\x04\x12\x1e\n\x1aTRANSFER_OUTCOME_CORRUPTED\x10\x05\x12\x1c\n\x18TRANSFER_OUTCOME_REFUSED\x10\x06\x32\x87\x02\n\x07\x43luster\x12L\n\x0bListWorkers\x12\x1d.pdmesh.v1.ListWorkersRequest\x1a\x1e.pdmesh.v1.ListWorkersResponse\x12L\n\x0b\x44rainWorker\x12\x1d.pdmesh.v1.DrainWorkerRequest\x1a\x1e.pdmesh.v1.DrainWorkerResponse\x12`\n\rListTransfers\x12&.pdmesh.v1.ClusterListTransfersRequest\x1a\'.pdmesh.v1.ClusterListTransfersResponse2\xec\x01\n\x06Worker\x12\x46\n\tGetStatus\x12\x1b.pdmesh.v1.GetStatusRequest\x1a\x1c.pdmesh.v1.GetStatusResponse\x12:\n\x05\x44rain\x12\x17.pdmesh.v1.DrainRequest\x1a\x18.pdmesh.v1.DrainResponse\x12^\n\rListTransfers\x12%.pdmesh.v1.WorkerListTransfersRequest\x1a&.pdmesh.v1.WorkerListTransfersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdmesh.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERDIRECTION']._serialized_start=2052
-  _globals['_TRANSFERDIRECTION']._serialized_end=2206
-  _globals['_TRANSFEROUTCOME']._serialized_start=2209
-  _globals['_TRANSFEROUTCOME']._serialized_end=2442
+  _globals['_TRANSFERDIRECTION']._serialized_start=2185
+  _globals['_TRANSFERDIRECTION']._serialized_end=2339
+  _globals['_TRANSFEROUTCOME']._serialized_start=2342
+  _globals['_TRANSFEROUTCOME']._serialized_end=2575
   _globals['_LISTWORKERSREQUEST']._serialized_start=62
   _globals['_LISTWORKERSREQUEST']._serialized_end=82
   _globals['_LISTWORKERSRESPONSE']._serialized_start=84
@@ -49,35 +49,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=325
   _globals['_GETSTATUSREQUEST']._serialized_end=343
   _globals['_GETSTATUSRESPONSE']._serialized_start=346
-  _globals['_GETSTATUSRESPONSE']._serialized_end=556
-  _globals['_DRAINREQUEST']._serialized_start=558
-  _globals['_DRAINREQUEST']._serialized_end=572
-  _globals['_DRAINRESPONSE']._serialized_start=574
-  _globals['_DRAINRESPONSE']._serialized_end=589
-  _globals['_WORKERLISTTRANSFERSREQUEST']._serialized_start=591
-  _globals['_WORKERLISTTRANSFERSREQUEST']._serialized_end=619
-  _globals['_WORKERLISTTRANSFERSRESPONSE']._serialized_start=621
-  _globals['_WORKERLISTTRANSFERSRESPONSE']._serialized_end=693
-  _globals['_CLUSTERLISTTRANSFERSREQUEST']._serialized_start=695
-  _globals['_CLUSTERLISTTRANSFERSREQUEST']._serialized_end=724
-  _globals['_CLUSTERLISTTRANSFERSRESPONSE']._serialized_start=726
-  _globals['_CLUSTERLISTTRANSFERSRESPONSE']._serialized_end=801
-  _globals['_WORKERTRANSFERS']._serialized_start=804
-  _globals['_WORKERTRANSFERS']._serialized_end=946
-  _globals['_TRANSFERREPORT']._serialized_start=949
-  _globals['_TRANSFERREPORT']._serialized_end=1245
-  _globals['_LIVETRANSFER']._serialized_start=1248
-  _globals['_LIVETRANSFER']._serialized_end=1433
-  _globals['_TRANSFERTOTAL']._serialized_start=1436
-  _globals['_TRANSFERTOTAL']._serialized_end=1636
-  _globals['_TRANSPORTCHOICE']._serialized_start=1638
-  _globals['_TRANSPORTCHOICE']._serialized_end=1719
-  _globals['_TRANSPORTFALLBACK']._serialized_start=1721
-  _globals['_TRANSPORTFALLBACK']._serialized_end=1832
-  _globals['_TRANSFERFAILURE']._serialized_start=1835
-  _globals['_TRANSFERFAILURE']._serialized_end=2049
-  _globals['_CLUSTER']._serialized_start=2445
-  _globals['_CLUSTER']._serialized_end=2708
-  _globals['_WORKER']._serialized_start=2711
-  _globals['_WORKER']._serialized_end=2947
+  _globals['_GETSTATUSRESPONSE']._serialized_end=594
+  _globals['_RANKSTATUS']._serialized_start=596
+  _globals['_RANKSTATUS']._serialized_end=689
+  _globals['_DRAINREQUEST']._serialized_start=691
+  _globals['_DRAINREQUEST']._serialized_end=705
+  _globals['_DRAINRESPONSE']._serialized_start=707
+  _globals['_DRAINRESPONSE']._serialized_end=722
+  _globals['_WORKERLISTTRANSFERSREQUEST']._serialized_start=724
+  _globals['_WORKERLISTTRANSFERSREQUEST']._serialized_end=752
+  _globals['_WORKERLISTTRANSFERSRESPONSE']._serialized_start=754
+  _globals['_WORKERLISTTRANSFERSRESPONSE']._serialized_end=826
+  _globals['_CLUSTERLISTTRANSFERSREQUEST']._serialized_start=828
+  _globals['_CLUSTERLISTTRANSFERSREQUEST']._serialized_end=857
+  _globals['_CLUSTERLISTTRANSFERSRESPONSE']._serialized_start=859
+  _globals['_CLUSTERLISTTRANSFERSRESPONSE']._serialized_end=934
+  _globals['_WORKERTRANSFERS']._serialized_start=937
+  _globals['_WORKERTRANSFERS']._serialized_end=1079
+  _globals['_TRANSFERREPORT']._serialized_start=1082
+  _globals['_TRANSFERREPORT']._serialized_end=1378
+  _globals['_LIVETRANSFER']._serialized_start=1381
+  _globals['_LIVETRANSFER']._serialized_end=1566
+  _globals['_TRANSFERTOTAL']._serialized_start=1569
+  _globals['_TRANSFERTOTAL']._serialized_end=1769
+  _globals['_TRANSPORTCHOICE']._serialized_start=1771
+  _globals['_TRANSPORTCHOICE']._serialized_end=1852
+  _globals['_TRANSPORTFALLBACK']._serialized_start=1854
+  _globals['_TRANSPORTFALLBACK']._serialized_end=1965
+  _globals['_TRANSFERFAILURE']._serialized_start=1968
+  _globals['_TRANSFERFAILURE']._serialized_end=2182
+  _globals['_CLUSTER']._serialized_start=2578
+  _globals['_CLUSTER']._serialized_end=2841
+  _globals['_WORKER']._serialized_start=2844
+  _globals['_WORKER']._serialized_end=3080
 # @@protoc_insertion_point(module_scope)

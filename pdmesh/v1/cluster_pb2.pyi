@@ -210,6 +210,7 @@ class GetStatusResponse(_message.Message):
     NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     NUM_STEPS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     num_requests: _builtins.int
     num_leases: _builtins.int
     """Block leases held for transfers and imported prompts."""
@@ -223,6 +224,10 @@ class GetStatusResponse(_message.Message):
     num_steps: _builtins.int
     @_builtins.property
     def info(self) -> _common_pb2.WorkerInfo: ...
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]:
+        """The processes that compute together, the one that answers first; none where it is alone."""
+
     def __init__(
         self,
         *,
@@ -234,14 +239,50 @@ class GetStatusResponse(_message.Message):
         num_cached_blocks: _builtins.int = ...,
         uptime_s: _builtins.float = ...,
         num_steps: _builtins.int = ...,
+        ranks: _abc.Iterable[Global___RankStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "num_cached_blocks", b"num_cached_blocks", "num_leases", b"num_leases", "num_request_tasks", b"num_request_tasks", "num_requests", b"num_requests", "num_steps", b"num_steps", "num_tickets", b"num_tickets", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "num_cached_blocks", b"num_cached_blocks", "num_leases", b"num_leases", "num_request_tasks", b"num_request_tasks", "num_requests", b"num_requests", "num_steps", b"num_steps", "num_tickets", b"num_tickets", "ranks", b"ranks", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class RankStatus(_message.Message):
+    """One rank of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    host: _builtins.str
+    """Its node's address."""
+    pid: _builtins.int
+    weight_bytes: _builtins.int
+    """Of its shard of the model, and of its part of the KV cache."""
+    kv_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "kv_bytes", b"kv_bytes", "pid", b"pid", "rank", b"rank", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankStatus: _TypeAlias = RankStatus  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

@@ -342,7 +342,6 @@ class PairingFacts(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
-    TP_SIZE_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     model_digest: _builtins.str
     """Digest of config and weights (see engine/weights)."""
@@ -355,7 +354,6 @@ class PairingFacts(_message.Message):
     head_dim: _builtins.int
     kv_layout: _builtins.str
     """Name of the order in which a block's bytes lie."""
-    tp_size: _builtins.int
     def __init__(
         self,
         *,
@@ -368,11 +366,10 @@ class PairingFacts(_message.Message):
         num_kv_heads: _builtins.int = ...,
         head_dim: _builtins.int = ...,
         kv_layout: _builtins.str = ...,
-        tp_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "tp_size", b"tp_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,6 +465,8 @@ class WorkerInfo(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     KV_TRANSPORTS_FIELD_NUMBER: _builtins.int
+    TP_SIZE_FIELD_NUMBER: _builtins.int
+    PP_SIZE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     """Drawn at each process start; fences a predecessor at the same address."""
@@ -480,6 +479,9 @@ class WorkerInfo(_message.Message):
     total_bytes: _builtins.int
     kv_transports: _builtins.str
     """Transports over which its KV travels, separated by commas; empty before the first choice of one."""
+    tp_size: _builtins.int
+    """Ranks that share every layer, and stages that the layers are divided into; 1 and 1: one process."""
+    pp_size: _builtins.int
     @_builtins.property
     def facts(self) -> Global___PairingFacts:
         """Absent while loading."""
@@ -502,10 +504,12 @@ class WorkerInfo(_message.Message):
         loaded_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         kv_transports: _builtins.str = ...,
+        tp_size: _builtins.int = ...,
+        pp_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "facts", b"facts", "incarnation", b"incarnation", "kv_transports", b"kv_transports", "load", b"load", "loaded_bytes", b"loaded_bytes", "model", b"model", "role", b"role", "state", b"state", "total_bytes", b"total_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "facts", b"facts", "incarnation", b"incarnation", "kv_transports", b"kv_transports", "load", b"load", "loaded_bytes", b"loaded_bytes", "model", b"model", "pp_size", b"pp_size", "role", b"role", "state", b"state", "total_bytes", b"total_bytes", "tp_size", b"tp_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

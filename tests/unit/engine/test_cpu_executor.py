@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ def texts_on_kernels(
     block_size: int = 16,
     target: Target | None = None,
     num_threads: int = 2,
+    region: bool = False,
 ) -> Texts:
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         return CpuExecutor(
@@ -49,6 +51,7 @@ def texts_on_kernels(
         texts,
         block_size=block_size,
         layout=KVLayout(PACK[dtype]),
+        region=region,
         make_executor=make_executor,
     )
 
@@ -104,6 +107,26 @@ def test_the_number_of_threads_changes_no_bit(tiny_llama: Callable[[str], Path],
         texts.step({0: 30})
         logits.append(texts.logits_of(0))
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", PACK)
+@pytest.mark.parametrize("shape", ["gqa", "mqa-tied"])
+def test_a_region_of_blocks_gives_the_same_bits(tiny_llama: Callable[[str], Path], shape: str, dtype: str) -> None:
+    tokens = [random_text(130), random_text(20, seed=1)]
+    whole, region = (
+        texts_on_kernels(tiny_llama(shape), tokens, dtype=dtype, region=region) for region in (False, True)
+    )
+    for texts in (whole, region):
+        texts.step({0: 100})
+        texts.step({1: 20, 0: 29})
+        texts.step({0: 1})
+    for text in range(2):
+        assert torch.equal(region.logits_of(text), whole.logits_of(text))
+    # [text, block]: equal in NaN, too, where nothing was written.
+    stored, expected = (texts.cache.data[texts.tables] for texts in (region, whole))
+    assert torch.equal(stored.nan_to_num(7), expected.nan_to_num(7))
+    num_bytes = sum(np.count_nonzero(region.cache.view(block)) for block in range(region.cache.num_blocks))
+    assert num_bytes == torch.count_nonzero(region.cache.data.contiguous().view(torch.uint8)), "wrote outside of it"
 
 
 LENGTHS = (150, 97, 33, 16, 1)

@@ -59,7 +59,15 @@ class Shape:
 class Ragged:
     """A step of sequences in a cache whose blocks are scattered, and NaN wherever no token is."""
 
-    def __init__(self, shape: Shape, sequences: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        sequences: Sequence[tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        *,
+        region: bool = False,
+    ) -> None:
+        """With `region`, the cache holds but some heads and layers of its blocks: not the first, not the last."""
         self.shape = shape
         self.sequences = list(sequences)
         generator = torch.Generator().manual_seed(len(sequences))
@@ -71,8 +79,18 @@ class Ragged:
         tables = torch.zeros(len(sequences), int(blocks_each.max()), dtype=torch.int64)
         for table, blocks in zip(tables, order, strict=True):
             table[: len(blocks)] = blocks
+        config, kv_heads, layers = shape.config, range(shape.num_kv_heads), range(NUM_LAYERS)
+        if region:
+            config = replace(config, num_kv_heads=shape.num_kv_heads + 2, num_layers=NUM_LAYERS + 2)
+            kv_heads, layers = range(1, shape.num_kv_heads + 1), range(1, NUM_LAYERS + 1)
         self.cache = KVCache(
-            shape.config, num_blocks=int(blocks_each.sum()) + 1, block_size=block_size, dtype=dtype, device=DEVICE
+            config,
+            num_blocks=int(blocks_each.sum()) + 1,
+            block_size=block_size,
+            dtype=dtype,
+            device=DEVICE,
+            kv_heads=kv_heads,
+            layers=layers,
         )
         self.cache.data.fill_(torch.nan)
         for table, query_len, seq_len in zip(tables, query_lens, seq_lens, strict=True):
@@ -164,6 +182,12 @@ def test_rows_do_not_depend_on_what_else_is_in_the_step() -> None:
     together = torch.split(ragged.attend(), ragged.batch.query_lens.tolist())
     for sequence, rows in enumerate(together):
         assert torch.equal(ragged.attend(sequence), rows), ragged.sequences[sequence]
+
+
+def test_a_region_of_blocks_gives_the_same_bits() -> None:
+    region, whole = (Ragged(Shape(4, 2, 24), MIX, region=region) for region in (True, False))
+    assert torch.equal(region.attend(), whole.attend())
+    assert torch.equal(region.cache.data.nan_to_num(7), whole.cache.data.nan_to_num(7))
 
 
 def test_keys_and_values_are_stored_where_the_slots_say() -> None:

@@ -1,6 +1,8 @@
 """Blocks as bytes: what travels is what was written, block by block."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ from engine.kv_cache import KVCache, KVLayout, bytes_per_block
 from engine.model_config import ModelConfig
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
+from pdmesh.kv_memory import memory_file
+from pdmesh.types import MemoryFile
+from tests.unit.engine.cuda_device import needs_cuda
 
 CPU = torch.device("cpu")
 
@@ -75,6 +80,143 @@ def test_what_was_written_is_gathered_in_the_order_of_the_tables(config: ModelCo
     keys, values = cache.gather(1, tables)
     assert torch.equal(keys, k.transpose(1, 2))
     assert torch.equal(values, v.transpose(1, 2))
+
+
+# Of three KV heads and three layers: by heads, as tensor-parallel ranks; by layers, as stages; by both.
+REGIONS = {
+    "heads": [(range(2), range(3)), (range(2, 3), range(3))],
+    "layers": [(range(3), range(1)), (range(3), range(1, 3))],
+    "both": [(heads, layers) for heads in (range(1), range(1, 3)) for layers in (range(2), range(2, 3))],
+}
+
+
+@pytest.fixture
+def three_heads(config: ModelConfig) -> ModelConfig:
+    return replace(config, num_heads=6, num_kv_heads=3)
+
+
+@pytest.fixture
+def file(three_heads: ModelConfig) -> Iterator[Callable[[torch.dtype], MemoryFile]]:
+    """Room for five whole blocks of eight tokens."""
+    descriptor = memory_file()
+    yield lambda dtype: MemoryFile(descriptor, 5 * bytes_per_block(three_heads, 8, dtype))
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("regions", REGIONS.values(), ids=REGIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pack", [None, 1, 2])
+def test_regions_of_one_memory_together_are_whole_blocks(
+    three_heads: ModelConfig,
+    file: Callable[[torch.dtype], MemoryFile],
+    pack: int | None,
+    dtype: torch.dtype,
+    regions: list[tuple[range, range]],
+) -> None:
+    def cache(kv_heads: range | None = None, layers: range | None = None, memory: MemoryFile | None = None) -> KVCache:
+        return KVCache(
+            three_heads,
+            num_blocks=5,
+            block_size=8,
+            dtype=dtype,
+            device=CPU,
+            layout=KVLayout(pack),
+            kv_heads=kv_heads,
+            layers=layers,
+            memory=memory,
+        )
+
+    whole, parts = cache(), [cache(*region, file(dtype)) for region in regions]
+    assert {part.block_bytes for part in parts} == {whole.block_bytes}
+    assert {part.file for part in parts} == {file(dtype)}
+    tables = torch.tensor([[3, 1], [4, 2]])
+    slots = (tables.unsqueeze(-1) * 8 + torch.arange(8)).flatten()
+    k, v = torch.randn(2, 3, len(slots), 3, 16).to(dtype)
+    for layer in range(3):
+        whole.write(layer, k[layer], v[layer], slots)
+    for part, (heads, layers) in zip(parts, regions, strict=True):
+        assert (part.num_kv_heads, part.num_layers) == (len(heads), len(layers))
+        for own, layer in enumerate(layers):
+            part.write(own, k[layer][:, heads], v[layer][:, heads], slots)
+    for part, (heads, layers) in zip(parts, regions, strict=True):
+        for own, layer in enumerate(layers):
+            expected = [kv[:, heads] for kv in whole.gather(layer, tables)]
+            assert all(map(torch.equal, part.gather(own, tables), expected))
+        for block in range(5):
+            assert part.view(block) == whole.view(block)
+
+
+def test_heads_are_one_run_of_a_block(three_heads: ModelConfig) -> None:
+    """What travels between unlike numbers of ranks: of each block one piece for each rank."""
+    cache = KVCache(three_heads, num_blocks=3, block_size=8, dtype=torch.float32, device=CPU, kv_heads=range(1, 3))
+    cache.data.fill_(1)
+    head_bytes = cache.block_bytes // 3
+    assert not any(cache.view(2)[:head_bytes])
+    assert bytes(cache.view(2)[head_bytes:]) == torch.ones(2 * head_bytes // 4).numpy().tobytes()
+
+
+def test_a_region_writes_no_other_block_memory_than_its_own(three_heads: ModelConfig) -> None:
+    cache = KVCache(
+        three_heads,
+        num_blocks=3,
+        block_size=8,
+        dtype=torch.float32,
+        device=CPU,
+        kv_heads=range(1, 2),
+        layers=range(1, 2),
+    )
+    cache.write(0, torch.ones(24, 1, 16), torch.ones(24, 1, 16), torch.arange(24))
+    tile_bytes = cache.block_bytes // (3 * 3)
+    for block in range(3):
+        written = torch.frombuffer(cache.view(block), dtype=torch.float32).view(3, 3, -1)
+        assert bool(written[1, 1].all())
+        assert int(written.count_nonzero()) == tile_bytes // 4
+
+
+@pytest.mark.parametrize("part", [range(0), range(2, 4), range(-1, 1), range(0, 3, 2)])
+def test_a_region_is_a_part_of_the_blocks(three_heads: ModelConfig, part: range) -> None:
+    for kv_heads, layers in ((part, None), (None, part)):
+        with pytest.raises(AssertionError, match="of 3"):
+            KVCache(
+                three_heads,
+                num_blocks=1,
+                block_size=8,
+                dtype=torch.float32,
+                device=CPU,
+                kv_heads=kv_heads,
+                layers=layers,
+            )
+
+
+@needs_cuda
+def test_regions_on_devices_travel_as_whole_blocks(
+    three_heads: ModelConfig, file: Callable[[torch.dtype], MemoryFile]
+) -> None:
+    memory = file(torch.bfloat16)
+    parts = [
+        KVCache(
+            three_heads,
+            num_blocks=5,
+            block_size=8,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda"),
+            kv_heads=kv_heads,
+            layers=range(1, 3),
+            memory=memory,
+        )
+        for kv_heads in (range(2), range(2, 3))
+    ]
+    for part in parts:
+        assert part.data.is_contiguous()
+        part.data.normal_()
+        part.to_host([1, 3])
+    whole = torch.frombuffer(parts[0].view(3), dtype=torch.bfloat16).view(3, 3, 2, 8, 16)
+    assert torch.equal(whole[:, 1:], torch.cat([part.data[3].cpu() for part in parts]))
+    assert not whole[:, 0].any()
+    parts[0].view(4)[:] = parts[0].view(3)
+    for part in parts:
+        part.to_device([4])
+        assert torch.equal(part.data[4], part.data[3])
 
 
 def _plain_places(token: int, dims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from engine.kv_cache import PLAIN, KVLayout
 from engine.models.llama import RMSNorm
 from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
 
@@ -41,6 +42,19 @@ def test_sequences_at_different_stages_share_steps(tiny_llama: Callable[[str], P
     texts.step({text: length - texts.num_computed[text] for text, length in enumerate(lengths) if text != 6})
     for text, tokens in enumerate(texts.texts):
         assert_same_logits(texts.logits_of(text), reference_logits(directory, tokens))
+
+
+@pytest.mark.parametrize("layout", [PLAIN, KVLayout(2)], ids=lambda layout: layout.name)
+def test_a_region_of_blocks_gives_the_same_bits(tiny_llama: Callable[[str], Path], layout: KVLayout) -> None:
+    loaded = load(tiny_llama("gqa"), "bfloat16")
+    tokens = [random_text(60), random_text(20, seed=1)]
+    whole, region = (Texts(loaded, tokens, layout=layout, region=region) for region in (False, True))
+    for texts in (whole, region):
+        texts.step({0: 40})
+        texts.step({1: 20, 0: 19})
+        texts.step({0: 1})
+    for text in range(2):
+        assert torch.equal(region.logits_of(text), whole.logits_of(text))
 
 
 def test_many_decodes_equal_each_alone(tiny_llama: Callable[[str], Path]) -> None:

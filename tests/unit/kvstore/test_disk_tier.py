@@ -17,6 +17,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.disk_format import HEADER_BYTES, slot_bytes, slots_within
 from pdmesh.errors import ConfigError
 from pdmesh.hashing import BlockHash
+from pdmesh.types import PairingFacts
 from tests.tier_blocks import BLOCK_BYTES, FACTS, block, content, empty_view, key
 
 # Where a slot of the header file and one of the block file can be damaged: at either end, in the middle, between.
@@ -95,8 +96,10 @@ def test_a_smaller_and_a_larger_tier_take_over_what_fits(tmp_path: Path) -> None
         assert held(tier, 1, 2, 5, 6, 7, 8) == [1, 2, 5, 6, 7, 8]
 
 
-def test_models_and_sizes_share_a_root_and_no_blocks(tmp_path: Path) -> None:
-    other = replace(FACTS, model_digest="other")
+@pytest.mark.parametrize(
+    "other", [replace(FACTS, model_digest="other"), replace(FACTS, kv_layout="block.layer.kv.head.token.dim")]
+)
+def test_models_layouts_and_sizes_share_a_root_and_no_blocks(tmp_path: Path, other: PairingFacts) -> None:
     with disk_tier(tmp_path) as tier, closing(DiskTier(tmp_path, other, BLOCK_BYTES, 4)) as other_tier:
         tier.put(key(1), block(1))
         assert key(1) not in other_tier

@@ -113,9 +113,9 @@ def _complete(index: int, num_tokens: int) -> inference_pb2.GenerateResponse:
 class EchoServer:
     """What a test needs to know of the server."""
 
-    def __init__(self, grpc_server: GrpcServer) -> None:
+    def __init__(self, grpc_server: GrpcServer, inference: EchoInference | None = None) -> None:
         self.grpc = grpc_server
-        self.inference = EchoInference()
+        self.inference = inference or EchoInference()
         self.cluster = OneWorkerCluster()
         grpc_server.add(inference_pb2_grpc.add_InferenceServicer_to_server, self.inference, "pdmesh.v1.Inference")
         grpc_server.add(cluster_pb2_grpc.add_ClusterServicer_to_server, self.cluster, "pdmesh.v1.Cluster")

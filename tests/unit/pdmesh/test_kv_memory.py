@@ -3,11 +3,22 @@
 import gc
 import mmap
 import os
+import subprocess
 import sys
 
 import pytest
 
-from pdmesh.kv_memory import private_memory, shared_memory
+from pdmesh.kv_memory import map_shared, memory_file, private_memory, seal, shared_memory
+
+# Maps the file whose descriptor it is given, waits for a line, and writes.
+_WRITER = """
+import sys
+from pdmesh.kv_memory import map_shared
+memory = map_shared(int(sys.argv[1]), 10_000)
+print("mapped", flush=True)
+sys.stdin.readline()
+memory[:3] = b"abc"
+"""
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
@@ -42,3 +53,39 @@ def test_the_descriptor_is_closed_with_the_memory() -> None:
     gc.collect()
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(file.descriptor)
+
+
+@linux_only
+def test_processes_that_mapped_a_file_before_it_was_sealed_write_it_and_others_do_not() -> None:
+    descriptor = memory_file()
+    try:
+        command = [sys.executable, "-c", _WRITER, str(descriptor)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, pass_fds=[descriptor], stdin=pipe, stdout=pipe, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "mapped\n"
+            memory = map_shared(descriptor, 10_000)
+            seal(descriptor)
+            writer.communicate("write\n", timeout=60)
+        assert writer.returncode == 0
+        assert bytes(memory[:3]) == b"abc"
+        memory[3:6] = b"xyz"
+        assert mmap.mmap(descriptor, 10_000, prot=mmap.PROT_READ)[:6] == b"abcxyz"
+        with pytest.raises(PermissionError):
+            map_shared(descriptor, 10_000)
+        with pytest.raises(PermissionError):
+            os.pwrite(descriptor, b"no", 0)
+        for num_bytes in (9_000, 11_000):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+@linux_only
+def test_the_memory_outlives_the_descriptor_that_it_was_mapped_by() -> None:
+    descriptor = memory_file()
+    memory = map_shared(descriptor, 4096)
+    os.close(descriptor)
+    memory[4095] = 1
+    assert memory[4095] == 1
