@@ -17,6 +17,7 @@ from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
 from engine.loader import ALONE, DTYPES, LoadedModel, Split
+from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
@@ -83,7 +84,8 @@ def assemble(
     ranks = [made.info]
     for wire, of_rank in zip(followers, loaded, strict=True):
         serving = wire.receive()
-        assert isinstance(serving, Serving), f"instead of serving, a rank sent {serving}"
+        if not isinstance(serving, Serving):
+            raise GroupDownError(f"{wire.peer} ended before it served: see its log for why")
         ranks.append(RankInfo(len(ranks), serving.host, serving.pid, of_rank.weight_bytes, serving.kv_bytes))
     # Everybody who writes has it mapped.
     assert made.kv_cache.file is not None

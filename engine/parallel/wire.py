@@ -99,9 +99,12 @@ class Wire:
             raise GroupDownError(f"{self.peer} sent what is no message: kind {kind}, {num_bytes} bytes")
         body = self._receive(num_bytes)
         assert body is not None
-        if kind == _BATCH:
-            return unpack_batch(body)
-        message: Message = _MESSAGES[kind](**json.loads(body))
+        try:
+            if kind == _BATCH:
+                return unpack_batch(body)
+            message: Message = _MESSAGES[kind](**json.loads(body))
+        except (ValueError, TypeError) as error:
+            raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
 
     def close(self) -> None:
@@ -152,12 +155,16 @@ def pack_batch(batch: Batch) -> list[bytes | memoryview]:
 
 
 def unpack_batch(data: bytearray) -> Batch:
-    """What `pack_batch` packed; its tensors lie in `data`."""
+    """What `pack_batch` packed; its tensors lie in `data`. Raises ValueError for what it did not pack."""
+    if len(data) < _SHAPE.size:
+        raise ValueError(f"a batch in {len(data)} bytes")
     num_tokens, num_sequences, num_blocks, num_calls = _SHAPE.unpack_from(data)
     numbers = np.frombuffer(data, np.int64, offset=_SHAPE.size)
     sizes = (*[num_tokens] * 3, *[num_sequences] * 3, num_sequences * num_blocks, num_calls)
     *arrays, rest = np.split(numbers, np.cumsum(sizes))
     input_ids, positions, slots, query_lens, seq_lens, output_lens, table, num_rows = arrays
+    if len(num_rows) != num_calls or len(rest) != num_rows.sum():
+        raise ValueError(f"a batch of {num_tokens} tokens in {len(data)} bytes")
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
