@@ -24,7 +24,7 @@ _GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, logprobs=3)
 _SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=NUM_TOKENS, logprobs=0)
 _JUDGED = SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=2)
 # So few that the requests of `arrivals` take each other's, and enough for the longest of them.
-FEW_BLOCKS = 21
+FEW_BLOCKS = 18
 
 
 @dataclass(frozen=True)
