@@ -153,10 +153,10 @@ async def _read(engine: LocalEngine, request: EngineRequest) -> None:
 
 
 class Failing:
-    """Loads a model whose steps fail once `now` is set, as they would for want of memory."""
+    """Loads a model whose tenth step fails, as it would for want of memory."""
 
     def __init__(self) -> None:
-        self.now = False
+        self._num_steps = 0
 
     def __call__(
         self,
@@ -172,7 +172,8 @@ class Failing:
         return loaded
 
     def _fail(self, module: torch.nn.Module, inputs: object) -> None:
-        if self.now:
+        self._num_steps += 1
+        if self._num_steps == 10:
             raise torch.OutOfMemoryError(FAILURE)
 
 
@@ -182,14 +183,11 @@ def test_a_step_that_fails_at_the_leader_ends_the_group(tmp_path: Path, kernels:
     of = config(make_tiny_llama(tmp_path, "wide-heads"), kernels=kernels)
 
     async def run() -> None:
-        load = Failing()
         with spawned_group(of, tp=2) as group:
-            engine = LocalEngine(of, load, group=group)
+            engine = LocalEngine(of, Failing(), group=group)
             await engine.start(lambda done, total: None)
-            async with aclosing(engine.generate(LONG)) as outputs:
-                with pytest.raises(GroupDownError, match=FAILURE):
-                    async for _ in outputs:
-                        load.now = True
+            with pytest.raises(GroupDownError, match=FAILURE):
+                await _read(engine, LONG)
             pid = engine.ranks[1].pid
             # Not for the leader's end, but for the failed step's.
             await asyncio.to_thread(wait_until, lambda: has_ended(pid), 3.0)
