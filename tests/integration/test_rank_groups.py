@@ -98,3 +98,15 @@ def test_bfloat16(model: Callable[[str], tuple[Path, list[Answer]]], kernels: st
         answers, _ = serve(assembly.core, arrivals())
     for arrival, answer in zip(arrivals(), answers, strict=True):
         assert len(answer.token_ids) == arrival.sampling.max_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smollm2(smollm2: Path) -> None:
+    """Nine heads over three KV heads: a third each, or two thirds and one."""
+    arriving = arrivals(vocab_size=49152)
+    expected = alone(config(smollm2, num_blocks=200), arriving)
+    for tp in (2, 3):
+        with group_of_ranks(config(smollm2, chunk=64), tp=tp) as assembly:
+            answers, _ = serve(assembly.core, arriving)
+        assert_same(answers, expected)
