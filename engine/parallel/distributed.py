@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.shard import Shard
+from engine.parallel.store import open_store
 from pdmesh.ranks.place import RankPlace
 
 # Nobody learns anything by this running out: see the module. A group may be idle for as long as it likes.
@@ -52,16 +53,10 @@ class DistributedExchange:
         self._device = device
         self._given_up = ""
         with self._lost():
-            store: Store = dist.TCPStore(  # type: ignore[attr-defined]
-                place.leader_host,
-                place.store_port,
-                place.size,
-                is_master=place.rank == _LEADER,
-                timeout=_TIMEOUT,
-                master_listen_fd=place.store_fd,
-            )
-            self._everybody = self._group("group", store, place.rank, place.size, place.host)
-            self._stage = self._group(f"stage{shard.pp_rank}", store, shard.tp_rank, shard.tp_size, place.host)
+            # Kept: torch holds on to it without Python's knowing.
+            self._store = open_store(place)
+            self._everybody = self._group("group", self._store, place.rank, place.size, place.host)
+            self._stage = self._group(f"stage{shard.pp_rank}", self._store, shard.tp_rank, shard.tp_size, place.host)
         # Each with another rank of it.
         self._groups = [(self._everybody, 1 if place.rank == _LEADER else _LEADER)]
         if shard.tp_size > 1:
