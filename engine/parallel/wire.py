@@ -119,7 +119,9 @@ class Wire:
         try:
             if kind == _BATCH:
                 return unpack_batch(body)
-            message: Message = _MESSAGES[kind](**json.loads(body))
+            message: Message = _MESSAGES[kind](
+                **{name: _with_tuples(value) for name, value in json.loads(body).items()}
+            )
         except (ValueError, TypeError) as error:
             raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
@@ -148,6 +150,11 @@ class Wire:
                 raise GroupDownError(f"{self.peer} closed the connection")
             left = left[received:]
         return data
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON knows lists alone."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def pack_batch(batch: Batch) -> list[bytes | memoryview]:
