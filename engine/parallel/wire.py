@@ -122,7 +122,7 @@ class Wire:
             message: Message = _MESSAGES[kind](
                 **{name: _with_tuples(value) for name, value in json.loads(body).items()}
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
 
