@@ -1,6 +1,6 @@
 """What every worker is told, whatever its role."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 from kvstore.tiers.config import TierConfig
@@ -15,4 +15,4 @@ class WorkerConfig:
     tiers: TierConfig
     worker_id: str | None = option("name of this worker, unique in the cluster; default: drawn", default=None)
     max_requests: int = option("requests held at once, queued ones included; more are refused", default=256)
-    group: GroupConfig = GroupConfig()
+    group: GroupConfig = field(default_factory=GroupConfig)
