@@ -41,7 +41,7 @@ from engine.streams import EngineStream
 from engine.validation import validate_request
 from pdmesh.errors import MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
-from pdmesh.types import Load, ModelInfo, PairingFacts
+from pdmesh.types import KVNode, Load, ModelInfo, PairingFacts
 
 # What a thread that waits for lost ranks is given to notice that the group was given up.
 _DOWN_JOIN_S = 0.3
@@ -96,6 +96,10 @@ class LocalEngine:
     @property
     def memory(self) -> BlockMemory:
         return self._parts.kv_cache
+
+    @property
+    def kv_nodes(self) -> tuple[KVNode, ...]:
+        return self._parts.kv_nodes
 
     @property
     def ranks(self) -> tuple[RankInfo, ...]:

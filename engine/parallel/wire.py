@@ -3,6 +3,7 @@
     follower ─ Loaded ─▶ leader      its shard is in memory: how many KV blocks it has room for
     leader ─ Serve ─▶ follower       how many there are
     follower ─ Serving ─▶ leader     its cache is mapped, its executor made
+    leader ─ Begin ─▶ follower       so it is with all
     leader ─ Batch ─▶ follower       for each step; nothing comes back
 
 A message is its kind, its length, and JSON; of a batch, its numbers as they lie in memory.
@@ -58,17 +59,32 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A follower waits for steps."""
+    """A follower waits for steps.
+
+    Attributes:
+        kv_bytes: Of its part of the KV cache.
+        kv_address: Where its node's KV memory is moved, if it does that for its node; else empty.
+        kv_runs: Which bytes of a block that memory holds: pairs of offset and number.
+        kv_offers: Names and addresses of the transports on which it receives.
+    """
 
     host: str
     pid: int
     kv_bytes: int
+    kv_address: str = ""
+    kv_runs: tuple[tuple[int, int], ...] = ()
+    kv_offers: tuple[tuple[str, str], ...] = ()
 
 
-_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving}
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """All ranks wait for steps."""
+
+
+_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving, 4: Begin}
 _KINDS: Final = {message: kind for kind, message in _MESSAGES.items()}
 
-Message = Loaded | Serve | Serving
+Message = Loaded | Serve | Serving | Begin
 
 
 class Wire:
