@@ -17,6 +17,7 @@ from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
 from engine.loader import ALONE, DTYPES, LoadedModel, Split
+from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
@@ -85,7 +86,8 @@ def assemble(
     ranks, nodes = [made.info], [_own_node(made)]
     for wire, of_rank in zip(followers, loaded, strict=True):
         serving = wire.receive()
-        assert isinstance(serving, Serving), f"instead of serving, a rank sent {serving}"
+        if not isinstance(serving, Serving):
+            raise GroupDownError(f"{wire.peer} ended before it served: see its log for why")
         ranks.append(RankInfo(len(ranks), serving.host, serving.pid, of_rank.weight_bytes, serving.kv_bytes))
         if serving.kv_address:
             nodes.append(_other_node(serving, group.place.token))

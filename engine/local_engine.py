@@ -314,7 +314,11 @@ class LocalEngine:
 
     def _on_thread_end(self, error: Exception | None) -> None:
         if error is not None:
-            self._tell(self._end, as_mesh_error(error))
+            ended_by = as_mesh_error(error)
+            if self._group is not None:
+                # The others may wait for this rank in the middle of a step.
+                self._group.give_up(ended_by.message)
+            self._tell(self._end, ended_by)
 
     def _tell(self, callback: Callable[..., object], *args: object) -> None:
         assert self._bell is not None

@@ -16,16 +16,17 @@ from pdmesh.ranks.control import RankControl
 from pdmesh.ranks.place import RankPlace
 from pdmesh.server import Service, run
 from worker.config import WorkerConfig
+from worker.node import move_kv
 from worker.ranks import MakeService
 
 log = logging.getLogger(__name__)
 
 
-def run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService) -> None:
-    """Runs the rank at `place` until it ends; exit codes as `pdmesh.server.run`."""
+def run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService, transports: tuple[str, ...]) -> None:
+    """Runs the rank at `place` until it ends; arguments and exit codes as `worker.ranks.run_worker`."""
     group = RankGroup(config.group, place)
     if not group.leads:
-        _follow(config, group)
+        _follow(config, group, transports)
         return
     # Before the event loop, which it reaches as soon as there is one.
     engine = LocalEngine(config.engine, group=group)
@@ -62,13 +63,17 @@ class _Leader:
         await self._service.close()
 
 
-def _follow(config: WorkerConfig, group: RankGroup) -> None:
+def _follow(config: WorkerConfig, group: RankGroup, transports: tuple[str, ...]) -> None:
     # They reach the leader, which drains while its followers go on.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     control = RankControl(group.place.control_fd, lambda reason: os._exit(1))
     try:
-        follow(config.engine, group)
+        follow(
+            config.engine,
+            group,
+            move_kv=lambda kv_cache: move_kv(kv_cache, config.service, transports, group.place),
+        )
     except ConfigError as error:
         control.failed(error.message, fatal=True)
         fail(error.message)

@@ -8,9 +8,10 @@ python -m decode MODEL --tp 2      supervisor: starts the ranks with this same c
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.config import ENV_PREFIX
 from pdmesh.ranks.place import RankPlace
 from pdmesh.ranks.supervisor import supervise
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 MakeService = Callable[["LocalEngine"], "Service"]
 
 
-def run_worker(config: WorkerConfig, module: str, make_service: MakeService, *, lend_kv: bool) -> None:
+def run_worker(
+    config: WorkerConfig,
+    module: str,
+    make_service: MakeService,
+    *,
+    lend_kv: bool,
+    transports: Sequence[str] = TRANSPORTS,
+) -> None:
     """Runs this process's part of a worker until it ends; exit codes as `pdmesh.server.run`.
 
     Args:
@@ -33,12 +41,13 @@ def run_worker(config: WorkerConfig, module: str, make_service: MakeService, *, 
         make_service: Called where this process is the one that serves. What computes is imported by then, and not
             before: a supervisor has no use for it.
         lend_kv: As LocalEngine says.
+        transports: That KV may take to and from nodes that are not the leader's.
     """
     place = RankPlace.from_environment()
     if place is not None:
         from worker.rank import run_rank
 
-        run_rank(config, place, make_service)
+        run_rank(config, place, make_service, tuple(transports))
     elif config.group.size > 1:
         raise SystemExit(_supervise(config, module))
     else:

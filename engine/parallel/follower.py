@@ -54,7 +54,8 @@ def follow(
     if group.moves_kv:
         made.seal_kv()
     while (batch := leader.receive()) is not None:
-        assert isinstance(batch, Batch)
+        if not isinstance(batch, Batch):
+            raise GroupDownError(f"rank 0 sent {type(batch).__name__} in place of a step")
         made.rank.run(batch)
         for rows in batch.logit_rows:
             made.rank.logits(rows)

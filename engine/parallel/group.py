@@ -146,8 +146,8 @@ class RankGroup:
             with contextlib.suppress(OSError):
                 if sock is not None:
                     sock.shutdown(socket.SHUT_RDWR)
-        if isinstance(self._exchange, HostExchange):
-            self._exchange.give_up()
+        if self._exchange is not None:
+            self._exchange.give_up(reason)
 
     def close(self) -> None:
         for sock in (self._listener, *self._local.values()):

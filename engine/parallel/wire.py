@@ -28,6 +28,7 @@ _BATCH: Final = 0
 _HEADER: Final = struct.Struct("<IQ")
 # Tokens, sequences, blocks of the longest, calls for logits.
 _SHAPE: Final = struct.Struct("<4Q")
+_NUMBER_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,12 @@ class Wire:
             raise GroupDownError(f"{self.peer} sent what is no message: kind {kind}, {num_bytes} bytes")
         body = self._receive(num_bytes)
         assert body is not None
-        if kind == _BATCH:
-            return unpack_batch(body)
-        message: Message = _MESSAGES[kind](**json.loads(body))
+        try:
+            if kind == _BATCH:
+                return unpack_batch(body)
+            message: Message = _MESSAGES[kind](**json.loads(body))
+        except (ValueError, TypeError) as error:
+            raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
 
     def close(self) -> None:
@@ -168,12 +172,19 @@ def pack_batch(batch: Batch) -> list[bytes | memoryview]:
 
 
 def unpack_batch(data: bytearray) -> Batch:
-    """What `pack_batch` packed; its tensors lie in `data`."""
+    """What `pack_batch` packed; its tensors lie in `data`. Raises ValueError for what it did not pack."""
+    broken = ValueError(f"{len(data)} bytes are not the batch that they begin as")
+    if len(data) < _SHAPE.size or len(data) % _NUMBER_BYTES:
+        raise broken
     num_tokens, num_sequences, num_blocks, num_calls = _SHAPE.unpack_from(data)
     numbers = np.frombuffer(data, np.int64, offset=_SHAPE.size)
     sizes = (*[num_tokens] * 3, *[num_sequences] * 3, num_sequences * num_blocks, num_calls)
+    if sum(sizes) > numbers.size:
+        raise broken
     *arrays, rest = np.split(numbers, np.cumsum(sizes))
     input_ids, positions, slots, query_lens, seq_lens, output_lens, table, num_rows = arrays
+    if num_rows.min(initial=0) < 0 or num_rows.sum() != rest.size:
+        raise broken
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),
