@@ -2,7 +2,7 @@
 
 It tells of itself in files of DIRECTORY, each named <generation>-<what>. MISDEED, where RANK and GENERATION are its
 own: "fatal" and "broken" say why they fail before they are ready; "exit" just exits 3; "deaf" serves, but does not heed
-that the group goes down; "hasty" exits 0 while it should follow. SIGUSR1 makes a rank exit 3.
+that the group goes down; "hasty" exits 0 while it should follow; "slow" is never ready. SIGUSR1 makes a rank exit 3.
 """
 
 import json
@@ -43,15 +43,16 @@ class Rank:
         signal.signal(signal.SIGUSR1, lambda *_: os._exit(3))
         # What it starts must end with it, too.
         beside = subprocess.Popen(["sleep", "1000"])
-        self.write(
-            f"rank-{place.rank}", {"pid": os.getpid(), "beside": beside.pid, "place": json.loads(place.to_json())}
-        )
+        pids = {"pid": os.getpid(), "supervisor": os.getppid(), "beside": beside.pid}
+        self.write(f"rank-{place.rank}", {**pids, "place": json.loads(place.to_json())})
         if self._misdeed in ("fatal", "broken"):
             self._control.failed("no such model", fatal=self._misdeed == "fatal")
             print("pdmesh: no such model", file=sys.stderr, flush=True)
             return 2 if self._misdeed == "fatal" else 1
         if self._misdeed == "exit":
             return 3
+        if self._misdeed == "slow":
+            time.sleep(60)
         return self._lead() if place.rank == 0 else self._follow()
 
     def _lead(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -40,6 +41,12 @@ class Node:
     """A supervisor and its ranks; they tell of themselves in `directory`, which the nodes of a group share.
 
     Use as a context manager: at its end everything is killed, and nothing may be left of it.
+
+    Args:
+        config: This node's.
+        directory: For what the ranks write, and for its log.
+        misdeed: A rank, a generation and what that does wrong; see `rank_child`.
+        note: Tells its log from that of another node of its number.
     """
 
     def __init__(self, config: GroupConfig, directory: Path, *misdeed: object, note: str = "") -> None:
@@ -61,13 +68,18 @@ class Node:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        # Ranks die with their supervisor; what they started does where it lived to end that.
-        for path in self.directory.glob("*-rank-*"):
+        self.forget()
+
+    def forget(self) -> None:
+        """Takes away what its ranks wrote, once its supervisor is dead and they with it."""
+        for path in [*self.directory.glob("*-rank-*")]:
             fact = json.loads(path.read_text())
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(fact["beside"], signal.SIGKILL)
-            if fact["place"]["node_rank"] == self.config.node_rank:
-                until(lambda pid=fact["pid"]: not is_alive(pid), "ranks die with their supervisor", 1.0)  # type: ignore[misc]
+            if fact["supervisor"] == self.process.pid:
+                # What a rank started ends with it where its supervisor lives to see to that.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(fact["beside"], signal.SIGKILL)
+                until(functools.partial(_is_dead, fact["pid"]), "ranks die with their supervisor", 1.0)
+                path.unlink()
 
     def said(self, generation: int, what: str) -> Any:
         """What a rank wrote as `what`; None while it has not."""
@@ -114,6 +126,10 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_dead(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 def num_zombies(pid: int) -> int:

@@ -1,6 +1,8 @@
 """The supervisor of any node but node 0.
 
-find node 0 -> hello -> start, when all are there -> the first end, here or there -> take all down -> again
+    find node 0 -> hello -> start, when all are there -> the first end, here or there -> take all down -> again
+
+Node 0 judges an end, and counts and waits; this one does as it says, and for itself only where node 0 is lost.
 """
 
 import asyncio

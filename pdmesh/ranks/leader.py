@@ -1,6 +1,8 @@
 """Node 0's supervisor, which is the only one where there is one node.
 
-gather the nodes -> start a generation everywhere -> its first end -> tell all, take all down -> wait -> again
+    gather the nodes -> start a generation everywhere -> its first end -> tell all, take all down -> wait -> again
+
+One node is a group like any other, without a rendezvous.
 """
 
 import asyncio

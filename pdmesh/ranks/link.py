@@ -81,7 +81,7 @@ class Link(asyncio.Protocol):
         for line in lines:
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 message = None
             if not isinstance(message, dict):
                 self._lose("it sent what no supervisor sends")

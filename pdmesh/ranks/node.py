@@ -7,6 +7,7 @@ machine, so a busy one raises no false alarm.
 import asyncio
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from pdmesh.local.child import how_it_ended
 from pdmesh.ranks.generation import GroupEnd
@@ -14,8 +15,19 @@ from pdmesh.ranks.process import RankProcess
 
 # What rank 0 is given to tell its clients why, and a rank that gave its reason to end by itself.
 _GRACE_S = 0.7
+# One rank's end shows in the others, at times sooner than in itself: so long a plainer reason is waited for.
+_PLAINER_S = 0.05
 # A follower that rank 0 let go may end this long before it.
 _LET_GO_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """What may have ended the group: the plainest did, the first of equals, `wait_s` after any was seen."""
+
+    plainness: int
+    wait_s: float
+    end: GroupEnd
 
 
 class NodeRanks:
@@ -37,7 +49,9 @@ class NodeRanks:
         self._is_ready = False
         self._passed_on: set[int] = set()
         self._drains = False
-        self._let_go: asyncio.TimerHandle | None = None
+        self._suspects: list[RankProcess] = []
+        self._first_seen_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._loop.add_signal_handler(signal.SIGCHLD, self._look)
         for rank in ranks:
             self._loop.add_reader(rank.control, self._read, rank)
@@ -54,8 +68,6 @@ class NodeRanks:
     def drains(self) -> None:
         """Rank 0 was asked to end: followers may end before it, however long it takes."""
         self._drains = True
-        if self._let_go is not None:
-            self._let_go.cancel()
 
     async def take_down(self, reason: str) -> None:
         """Ends all ranks and returns when they are gone. Idempotent.
@@ -74,8 +86,8 @@ class NodeRanks:
             rank.kill()
         await asyncio.gather(*(rank.exited for rank in self._ranks))
         self._loop.remove_signal_handler(signal.SIGCHLD)
-        if self._let_go is not None:
-            self._let_go.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _read(self, rank: RankProcess) -> None:
         # Closed at the other end: its end as a process, if that is what it is, comes by SIGCHLD.
@@ -94,37 +106,36 @@ class NodeRanks:
         if not self._is_ready and any(rank.is_ready for rank in self._ranks):
             self._is_ready = True
             self._on_ready()
-        if self.ended.done():
+        self._suspects += [rank for rank in self._ranks if rank not in self._suspects and self._cause(rank)]
+        causes = [cause for rank in self._suspects if (cause := self._cause(rank)) is not None]
+        if self.ended.done() or not causes:
             return
-        ends = [end for rank in self._ranks if (end := self._end_of(rank)) is not None]
-        if ends:
-            # Several at once: what only a person can mend, then what a rank knows of itself, then how others saw it.
-            self.ended.set_result(max(ends, key=lambda end: end[0])[1])
+        now = self._loop.time()
+        self._first_seen_at = self._first_seen_at or now
+        cause = max(causes, key=lambda cause: cause.plainness)
+        if self._timer is not None:
+            self._timer.cancel()
+        if (wait_s := self._first_seen_at + cause.wait_s - now) > 0:
+            self._timer = self._loop.call_later(wait_s, self._judge)
+        else:
+            self.ended.set_result(cause.end)
 
-    def _end_of(self, rank: RankProcess) -> tuple[int, GroupEnd] | None:
-        """How well this explains the group's end, and that end; None where it is no end."""
-        if rank.failure is not None:
-            end = GroupEnd(f"rank {rank.rank}: {rank.failure.message}", 1 + rank.failure.fatal, rank.failure.fatal)
-            return 3 + rank.failure.fatal, end
+    def _cause(self, rank: RankProcess) -> _Cause | None:
+        """Why the group ends, as far as this rank shows; None where it shows nothing."""
         name = f"rank {rank.rank} (pid {rank.pid})"
+        exit_code = rank.exited.result() if rank.exited.done() else None
+        if rank.failure is not None:
+            reason = f"rank {rank.rank}: {rank.failure.message}"
+            fatal = rank.failure.fatal
+            return _Cause(3, 0.0, GroupEnd(reason, 2, fatal)) if fatal else _Cause(1, _PLAINER_S, GroupEnd(reason, 1))
+        if rank.rank == 0 and exit_code is not None and (exit_code == 0 or -exit_code in self._passed_on):
+            return _Cause(4, 0.0, GroupEnd("rank 0 has ended", 0))
         if rank.is_stopped:
-            return 2, GroupEnd(f"{name} was stopped by a signal", 1)
-        if not rank.exited.done():
+            return _Cause(2, 0.0, GroupEnd(f"{name} was stopped by a signal", 1))
+        if exit_code is None or (exit_code == 0 and self._drains):
             return None
-        exit_code = rank.exited.result()
-        if rank.rank == 0 and (exit_code == 0 or -exit_code in self._passed_on):
-            return 5, GroupEnd("rank 0 has ended", 0)
         if exit_code == 0:
-            return self._let_go_end(name)
-        end = GroupEnd(f"{name} {how_it_ended(exit_code)}", exit_code if exit_code > 0 else 128 - exit_code)
-        return (1 if exit_code > 0 else 2), end
-
-    def _let_go_end(self, name: str) -> tuple[int, GroupEnd] | None:
-        """The end that a follower's exit code 0 makes: none while rank 0 may still follow it."""
-        if self._drains:
-            return None
-        if self._let_go is None:
-            self._let_go = self._loop.call_later(_LET_GO_S, self._judge)
-        if self._loop.time() < self._let_go.when():
-            return None
-        return 0, GroupEnd(f"{name} ended with exit code 0, and rank 0 did not", 1)
+            return _Cause(0, _LET_GO_S, GroupEnd(f"{name} ended with exit code 0, and rank 0 did not", 1))
+        if exit_code > 0:
+            return _Cause(1, _PLAINER_S, GroupEnd(f"{name} {how_it_ended(exit_code)}", exit_code))
+        return _Cause(2, 0.0, GroupEnd(f"{name} {how_it_ended(exit_code)}", 128 - exit_code))

@@ -109,14 +109,17 @@ class Rendezvous:
         """Whatever one connection brings, until it ends."""
         host = link.peer_host
         try:
-            hello = Hello.from_message(await link.receive())
+            # Who only beats is nobody.
+            async with asyncio.timeout(SILENCE_S):
+                message = await link.receive()
+            hello = Hello.from_message(message)
             self._hello.check(hello)
             await self._serve(hello.node_rank, link)
         except ConfigError as error:
             log.error("refused a node at %s: %s", host, error.message)
             link.send({"refused": error.message})
-        except UnavailableError as error:
-            log.info("a connection from %s ended before it joined: %s", host, error.message)
+        except (UnavailableError, TimeoutError) as error:
+            log.info("a connection from %s never joined: %s", host, str(error) or "it said nothing")
         finally:
             link.close()
 
@@ -131,6 +134,7 @@ class Rendezvous:
         except UnavailableError as error:
             peer.end(GroupEnd(f"{peer.name} is lost: {error.message}", 1))
         finally:
+            peer.end(GroupEnd(f"{peer.name} is lost", 1))
             del self._peers[node_rank]
             peer.left.set()
             self._changed.set()

@@ -117,6 +117,16 @@ def test_a_stop_drains(tmp_path: Path, number: signal.Signals) -> None:
         node.assert_gone(0, 0.5)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_they_start_needs_no_draining(tmp_path: Path, number: signal.Signals) -> None:
+    with Node(GroupConfig(tp=2), tmp_path, 0, 0, "slow") as node:
+        until(lambda: None not in (node.said(0, "rank-0"), node.said(0, "rank-1")), "both have started")
+        node.signal(number)
+        assert node.exit_code() == 0
+        assert node.said(0, "asked") is None
+        node.assert_gone(0, 0)
+
+
 def test_who_insists_is_heard_again(tmp_path: Path) -> None:
     with Node(GroupConfig(tp=2), tmp_path) as node:
         node.ready(0)
