@@ -97,6 +97,7 @@ class FollowerSupervisor:
     async def _started(self, link: Link) -> Generation:
         try:
             link.send(self._hello.to_message())
+            log.info("found node 0 at %s, which waits until every node is there", self._config.rendezvous)
             message = await link.receive()
             if "refused" in message:
                 raise ConfigError(message["refused"])
