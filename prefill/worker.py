@@ -195,4 +195,6 @@ async def _listen(messages: AsyncIterator[Message], shipment: Shipment) -> None:
                 shipment.granted(message.number, message.grant)
             case SignOfLife():
                 shipment.alive()
-    raise CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill")
+    await shipment.left(
+        CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill")
+    )

@@ -38,13 +38,14 @@ class ProcessMesh:
         flags: Sequence[str] = (),
         prefill_flags: Sequence[str] = (),
         decode_flags: Sequence[str] = (),
+        router_flags: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.valkey = ValkeyServer()
         self.address = f"127.0.0.1:{_free_port()}"
         self._run_dir = run_dir
         self._flags = {"prefill": (*flags, *prefill_flags), "decode": (*flags, *decode_flags)}
-        self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2])
+        self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2], *router_flags)
         self.prefills = [self._worker("prefill", number) for number in range(num_prefill)]
         self.decodes = [self._worker("decode", number) for number in range(num_decode)]
 

@@ -93,7 +93,7 @@ async def _listen(requests: AsyncIterator[pb.FetchRequest], shipment: Shipment) 
             shipment.granted(request.grant.number, grant_from_pb(request.grant))
         else:
             shipment.alive()
-    raise CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer")
+    await shipment.left(CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer"))
 
 
 def parse_hashes(packed: Sequence[bytes]) -> list[BlockHash]:
