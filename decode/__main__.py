@@ -25,7 +25,7 @@ def main() -> None:
 
         return DecodeService(config, engine, RedisDirectory(service.redis_url, service.cluster))
 
-    run_worker(config.worker, "decode", make_service, lend_kv=False)
+    run_worker(config.worker, "decode", make_service, lend_kv=False, transports=config.transport_names)
 
 
 if __name__ == "__main__":

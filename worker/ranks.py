@@ -10,9 +10,10 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from kvstore.transfer.senders import TRANSPORTS
 from pdmesh.config import ENV_PREFIX, fail
 from pdmesh.errors import ConfigError, MeshError
 from pdmesh.ranks.control import RankControl
@@ -31,7 +32,14 @@ log = logging.getLogger(__name__)
 MakeService = Callable[["LocalEngine"], Service]
 
 
-def run_worker(config: WorkerConfig, module: str, make_service: MakeService, *, lend_kv: bool) -> None:
+def run_worker(
+    config: WorkerConfig,
+    module: str,
+    make_service: MakeService,
+    *,
+    lend_kv: bool,
+    transports: Sequence[str] = TRANSPORTS,
+) -> None:
     """Runs this process's part of a worker until it ends; exit codes as `pdmesh.server.run`.
 
     Args:
@@ -39,10 +47,11 @@ def run_worker(config: WorkerConfig, module: str, make_service: MakeService, *, 
         make_service: Called where this process is the one that serves. What computes is imported by then, and not
             before: a supervisor has no use for it.
         lend_kv: As LocalEngine says.
+        transports: That KV may take to and from nodes that are not the leader's.
     """
     place = RankPlace.from_environment()
     if place is not None:
-        _run_rank(config, place, make_service)
+        _run_rank(config, place, make_service, tuple(transports))
     elif config.group.size > 1:
         raise SystemExit(_supervise(config, module))
     else:
@@ -57,13 +66,13 @@ def _supervise(config: WorkerConfig, module: str) -> int:
     return supervise(config.group, (sys.executable, *sys.orig_argv[1:]), module)
 
 
-def _run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService) -> None:
+def _run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService, transports: tuple[str, ...]) -> None:
     from engine.local_engine import LocalEngine
     from engine.parallel.group import RankGroup
 
     group = RankGroup(config.group, place)
     if not group.leads:
-        _follow(config, group)
+        _follow(config, group, transports)
         return
     # Before the event loop, which it reaches as soon as there is one.
     engine = LocalEngine(config.engine, group=group)
@@ -100,15 +109,20 @@ class _Leader:
         await self._service.close()
 
 
-def _follow(config: WorkerConfig, group: "RankGroup") -> None:
+def _follow(config: WorkerConfig, group: "RankGroup", transports: tuple[str, ...]) -> None:
     from engine.parallel.follower import follow
+    from worker.node import move_kv
 
     # They reach the leader, which drains while its followers go on.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     control = RankControl(group.place.control_fd, lambda reason: os._exit(1))
     try:
-        follow(config.engine, group)
+        follow(
+            config.engine,
+            group,
+            move_kv=lambda kv_cache: move_kv(kv_cache, config.service, transports, group.place),
+        )
     except ConfigError as error:
         control.failed(error.message, fatal=True)
         fail(error.message)

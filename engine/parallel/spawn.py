@@ -1,7 +1,8 @@
 """A group of ranks on this machine without a supervisor: this process leads it, and starts the followers.
 
 For whoever embeds an engine, and for tests and benches. Workers are supervised instead (pdmesh/ranks): here, a follower
-that is lost in the middle of a step leaves the leader waiting for it until somebody calls `RankGroup.give_up`.
+that is lost in the middle of a step leaves the leader waiting for it until somebody calls `RankGroup.give_up`. The
+followers do not outlive this process, however it ends.
 """
 
 import json
@@ -18,6 +19,7 @@ from engine.parallel.follower import follow
 from engine.parallel.group import RankGroup
 from pdmesh.kv_memory import memory_file
 from pdmesh.ranks.config import GroupConfig
+from pdmesh.ranks.control import RankControl
 from pdmesh.ranks.place import ENV_NAME, RankPlace
 
 _END_TIMEOUT_S = 20.0
@@ -34,7 +36,10 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
         for descriptor in memory_fds.values():
             stack.callback(os.close, descriptor)
         pairs = {rank: socket.socketpair() for rank in range(1, size)}
-        control, _ = socket.socketpair()
+        # A follower sees by its end that this process, which alone has the other end, is gone.
+        own_end, control = socket.socketpair()
+        stack.enter_context(own_end)
+        stack.enter_context(control)
         leader = RankPlace(
             rank=0,
             size=size,
@@ -53,7 +58,6 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
             step_fds={rank: ours.detach() for rank, (ours, _) in pairs.items()},
             memory_fds=memory_fds,
         )
-        stack.callback(control.close)
         followers = []
         for rank, (_, theirs) in pairs.items():
             place = replace(leader, rank=rank, store_fd=None, step_fds={0: theirs.fileno()})
@@ -69,7 +73,8 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
         try:
             yield group
         finally:
-            # A follower ends when its leader closes the connection.
+            # A follower ends when its leader closes the connection; or in the middle of a step, if that failed.
+            group.give_up("its leader ended the group")
             group.close()
             for follower in followers:
                 _end(follower)
@@ -87,6 +92,7 @@ def main() -> None:
     config, tp, pp = json.loads(sys.argv[1])
     place = RankPlace.from_environment()
     assert place is not None
+    RankControl(place.control_fd, lambda reason: os._exit(1))
     follow(EngineConfig(**config), RankGroup(GroupConfig(tp=tp, pp=pp), place))
 
 

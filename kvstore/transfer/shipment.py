@@ -38,9 +38,6 @@ from pdmesh.hashing import BlockHash
 from pdmesh.tasks import settled
 from pdmesh.transfers import Direction, Outcome
 
-# A receiver that has all acknowledges it over the transport and then ends its stream: either may arrive first.
-_ACKNOWLEDGE_S = 1.0
-
 
 class Shipment:
     """Everything is called on one event loop. `aclose` in any case; the blocks may be reused only then.
@@ -103,14 +100,6 @@ class Shipment:
             assert self._now.failure is not None
             raise self._now.failure.error()
         return self._stats
-
-    async def left(self, error: MeshError) -> None:
-        """The receiver ended its stream. Returns when this has ended, too; raises `error` where it does not soon."""
-        try:
-            async with asyncio.timeout(_ACKNOWLEDGE_S):
-                await self._released.wait()
-        except TimeoutError:
-            raise error from None
 
     async def aclose(self) -> None:
         """Gives up what is not finished; returns when nobody here reads the blocks any more. Idempotent."""
@@ -177,7 +166,7 @@ class Shipment:
             Direction.SENDING, self._request_id, self._receiver_id, grant.transport, num_blocks,
             num_blocks * self._memory.block_bytes,
         )  # fmt: skip
-        self._sender = self._senders.sender(grant, self._request_id)
+        self._sender = self._senders.sender(grant, self._request_id, self._memory)
         await self._sender.open()
 
     async def _send(self, first: int, end: int) -> None:
