@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -146,6 +148,27 @@ def test_requests_fail_at_once_when_a_rank_is_lost(tiny_model: Path) -> None:
     asyncio.run(run())
 
 
+def test_an_engine_that_is_given_up_while_it_starts(tiny_model: Path) -> None:
+    of = config(tiny_model)
+
+    async def run() -> None:
+        with spawned_group(of, tp=2) as group:
+            [follower] = psutil.Process().children()
+            with stopped(follower.pid):
+                engine = LocalEngine(of, group=group)
+                starting = asyncio.create_task(engine.start(lambda done, total: None))
+                await asyncio.sleep(1.0)
+                assert not starting.done()
+                start = time.monotonic()
+                engine.give_up("rank 1 was killed")
+                with pytest.raises(GroupDownError, match="rank 1 was killed"):
+                    await starting
+                await engine.close()
+                assert time.monotonic() - start < 1.0
+
+    asyncio.run(run())
+
+
 async def _read(engine: LocalEngine, request: EngineRequest) -> None:
     async with aclosing(engine.generate(request)) as outputs:
         async for _ in outputs:
@@ -211,6 +234,31 @@ def test_sampling_that_fails_between_two_calls_for_logits_leaves_the_ranks_toget
         assert not isinstance(output.event, GroupDownError)
         answers, _ = serve(assembly.core, arrivals())
     assert_same(answers, expected)
+
+
+# Leads a group that is never idle; prints its follower's process id.
+LEADER = """
+import sys
+from pathlib import Path
+from tests.rank_groups import arrivals, config, group_of_ranks, serve
+
+with group_of_ranks(config(Path(sys.argv[1])), tp=2) as assembly:
+    print(assembly.ranks[1].pid, flush=True)
+    while True:
+        serve(assembly.core, arrivals())
+"""
+
+
+def test_followers_do_not_outlive_a_leader_that_is_killed(tiny_model: Path) -> None:
+    command = [sys.executable, "-c", LEADER, str(tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as leader:
+        assert leader.stdout is not None
+        follower = int(leader.stdout.readline())
+        assert not has_ended(follower)
+        # In the middle of a step, where the follower waits for no message.
+        time.sleep(0.2)
+        leader.kill()
+    wait_until(lambda: has_ended(follower), within_s=2.0)
 
 
 def test_a_follower_that_cannot_load_its_part(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
