@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from bench.engine.random_llama import llama_config, write_random_llama
 from engine.api import EngineRequest
 from engine.assembly import Assembly, assemble
 from engine.core import EngineCore
@@ -63,14 +64,15 @@ def wait_until(condition: Callable[[], bool], within_s: float) -> None:
 class Stepping(threading.Thread):
     """Steps an engine until that raises."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, request: Request) -> None:
         super().__init__(daemon=True)
         self._core = core
+        self._request = request
         self.num_steps = 0
         self.error: Exception | None = None
 
     def run(self) -> None:
-        self._core.scheduler.add(Request(LONG))
+        self._core.scheduler.add(self._request)
         try:
             while True:
                 self._core.step()
@@ -88,7 +90,7 @@ class Stepping(threading.Thread):
 
 
 def begun(assembly: Assembly) -> Stepping:
-    stepping = Stepping(assembly.core)
+    stepping = Stepping(assembly.core, Request(LONG))
     stepping.start()
     wait_until(lambda: stepping.num_steps > 3, within_s=20.0)
     return stepping
@@ -108,6 +110,36 @@ def test_a_group_that_is_given_up_ends_the_step_that_waits(tiny_model: Path, ker
             assert isinstance(stepping.error, GroupDownError)
             assert stepping.error.message == "rank 1 was lost"
             assert stepping.error.reason == "RANK_LOST"
+
+
+@pytest.mark.slow
+def test_a_long_step_that_is_given_up_is_not_computed_to_its_end(tmp_path: Path) -> None:
+    model = llama_config(
+        "deep", vocab_size=512, hidden_size=512, intermediate_size=2048, num_layers=24, num_heads=8, num_kv_heads=4
+    )
+    of = config(write_random_llama(model, "bfloat16", tmp_path, torch.device("cpu")), num_blocks=100)
+
+    def request() -> Request:
+        draw = torch.randint(512, (230,)).tolist()
+        return Request(EngineRequest("r", tuple(draw), SamplingParams(max_tokens=1)))
+
+    with spawned_group(of, tp=2) as group:
+        assembly = assemble(of, load_model, lambda done, total: None, group=group)
+        durations_s = []
+        for _ in range(2):
+            assembly.core.scheduler.add(request())
+            start = time.monotonic()
+            assembly.core.step()
+            durations_s.append(time.monotonic() - start)
+        with stopped(assembly.ranks[1].pid):
+            stepping = Stepping(assembly.core, request())
+            stepping.start()
+            stepping.waits_in_a_step()
+            start = time.monotonic()
+            group.give_up("rank 1 was lost")
+            stepping.join()
+            assert time.monotonic() - start < min(durations_s) / 5
+            assert isinstance(stepping.error, GroupDownError)
 
 
 def test_gloo_notices_by_itself_that_a_rank_died(tiny_model: Path) -> None:
