@@ -25,12 +25,11 @@ constexpr int kWordsPerLine = 16;
 // Usually it is microseconds. Who waits longer than a scheduler's slice has nothing to gain by keeping its core.
 inline bool wait_for(const Word& word, uint32_t value, const Word& given_up) {
   for (int spins = 0; int32_t(word.load(std::memory_order_acquire) - value) < 0; ++spins) {
-    if (spins < 20000) {
+    if (spins % 256 == 255 && given_up.load(std::memory_order_relaxed)) return false;
+    if (spins < 20000)
       _mm_pause();
-    } else {
-      if (given_up.load(std::memory_order_relaxed)) return false;
+    else
       spins < 22000 ? void(sched_yield()) : void(usleep(50));
-    }
   }
   return true;
 }
