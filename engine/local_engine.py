@@ -95,7 +95,7 @@ class LocalEngine:
 
     @property
     def memory(self) -> BlockMemory:
-        return self._parts.kv_cache
+        return self._parts.memory
 
     @property
     def kv_nodes(self) -> tuple[KVNode, ...]:
@@ -113,7 +113,7 @@ class LocalEngine:
         return self._thread.status
 
     def keep_evicted(self, put: Callable[[BlockHash, memoryview], object]) -> None:
-        memory = self._parts.kv_cache
+        memory = self._parts.memory
 
         def keep(evicted: list[tuple[int, BlockHash]]) -> None:
             memory.to_host([block_id for block_id, _ in evicted])
