@@ -22,10 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.api import BlockLease, Engine, EngineRequest
+from kvstore.nodes.arrival import Arrival, ReceivingNodes
+from kvstore.nodes.flows import Flow
+from kvstore.nodes.messages import flows_from_pb, receivers_to_pb
 from kvstore.transfer.base import Grant
-from kvstore.transfer.messages import grant_to_pb, offers_to_pb
-from kvstore.transfer.receipt import Expected, Receipt
-from kvstore.transfer.receiver import ReceiverHub
+from kvstore.transfer.messages import grant_to_pb
+from kvstore.transfer.receipt import Expected
 from kvstore.transfer.streams import ClientStream
 from pdmesh.channels import ChannelPool
 from pdmesh.hashing import root_hash, sequence_hashes
@@ -85,14 +87,14 @@ class Handoff:
     Args:
         host: This worker.
         engine: Reserves the blocks.
-        hub: Receives the KV.
+        nodes: Receive the KV.
         channels: To prefill workers.
     """
 
-    def __init__(self, host: WorkerHost, engine: Engine, hub: ReceiverHub, channels: ChannelPool) -> None:
+    def __init__(self, host: WorkerHost, engine: Engine, nodes: ReceivingNodes, channels: ChannelPool) -> None:
         self._host = host
         self._engine = engine
-        self._hub = hub
+        self._nodes = nodes
         self._channels = channels
         # Streams of which nothing is wanted any more, on their way to a good end.
         self._ending: set[asyncio.Task[None]] = set()
@@ -127,14 +129,14 @@ class Handoff:
         stream: _RunStream = ClientStream(
             stub.Run(), target.worker_id, pb.RunRequest(heartbeat=kv_pb.Heartbeat()), stage="prefill"
         )
-        arriving = _Arriving(Receipt(self._hub, self._host.journal))
+        arriving = _Arriving(Arrival(self._nodes))
         try:
             # A failure of either side of the group ends the other: nobody waits for a grant that will not come.
             async with asyncio.TaskGroup() as group:
                 await stream.write(pb.RunRequest(start=self._start(target, request, request_id, epoch, lease)))
                 beating = group.create_task(stream.beat())
                 reading = group.create_task(self._read(stream, arriving, report, on_first_token))
-                await arriving.transports
+                await arriving.flows
                 await self._receive(stream, arriving, target, request, request_id, epoch, lease, report)
                 await arriving.first_token.wait()
                 reading.cancel()
@@ -162,15 +164,19 @@ class Handoff:
     ) -> None:
         """Passes on what the prefill worker says."""
         async for response in stream.responses():
-            arriving.receipt.alive()
+            arriving.arrival.alive()
             match response.WhichOneof("event"):
                 case "started":
                     started = response.started
                     report.queue_s, report.num_cached_tokens = started.queue_s, started.num_cached_tokens
-                    report.transport = started.transports[0] if started.transports else ""
-                    reasons = "; ".join(f"{name}: {reason}" for name, reason in started.unusable.items())
-                    self._host.journal.note_choice(report.worker_id, report.transport, reasons or "the best on offer")
-                    arriving.transports.set_result(list(started.transports))
+                    flows = flows_from_pb(started.flows)
+                    for flow in flows:
+                        report.transport = flow.transports[0] if flow.transports else ""
+                        reasons = "; ".join(f"{name}: {reason}" for name, reason in flow.unusable)
+                        self._host.journal.note_choice(
+                            report.worker_id, report.transport, reasons or "the best on offer"
+                        )
+                    arriving.flows.set_result(flows)
                 case "first_token":
                     report.compute_s = response.first_token.compute_s
                     if not on_first_token(_first_token(response.first_token)):
@@ -178,7 +184,7 @@ class Handoff:
                     arriving.first_token.set()
                 case "transfer_failed":
                     failed = response.transfer_failed
-                    arriving.receipt.failed(failed.grant_number, failed.reason, failed.message)
+                    arriving.arrival.failed(failed.flow, failed.grant_number, failed.reason, failed.message)
                 case "complete":
                     # All is verified, and whoever waits for that is about to learn it.
                     return
@@ -204,11 +210,11 @@ class Handoff:
             request_id, epoch, target.worker_id, target.incarnation, block_ids, hashes[lease.num_cached_blocks :]
         )
 
-        async def grant(number: int, grant: Grant) -> None:
+        async def grant(flow: int, number: int, grant: Grant) -> None:
             report.transport = grant.transport
-            await stream.write(pb.RunRequest(grant=grant_to_pb(number, grant)))
+            await stream.write(pb.RunRequest(grant=grant_to_pb(number, grant, flow)))
 
-        stats = await arriving.receipt.run(expected, await arriving.transports, grant)
+        stats = await arriving.arrival.run(expected, await arriving.flows, grant)
         report.kv_bytes, report.transfer_s = stats.num_bytes, stats.duration_s
         self._engine.memory.to_device(block_ids)
 
@@ -228,7 +234,7 @@ class Handoff:
             decode_incarnation=self._host.incarnation,
             expected_incarnation=target.incarnation,
             facts=self._engine.facts.to_pb(),
-            offers=offers_to_pb(self._hub.offers),
+            receivers=receivers_to_pb(self._nodes.receivers),
             completion_index=request.completion_index,
             sources=[source.to_pb() for source in target.sources],
         )
@@ -238,14 +244,14 @@ class _Arriving:
     """What one hand-off waits for.
 
     Attributes:
-        receipt: The KV.
-        transports: That the prefill worker can use, once it has started.
+        arrival: The KV.
+        flows: By which it comes, once the prefill worker has started.
         first_token: Set once that was passed on.
     """
 
-    def __init__(self, receipt: Receipt) -> None:
-        self.receipt = receipt
-        self.transports: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+        self.flows: asyncio.Future[tuple[Flow, ...]] = asyncio.get_running_loop().create_future()
         self.first_token = asyncio.Event()
 
 

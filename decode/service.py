@@ -18,7 +18,7 @@ class DecodeService:
     def __init__(self, config: DecodeConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.DECODE, engine, directory)
         self._exchange = WorkerExchange(self.host, engine, directory, config.worker.service, config.transport_names)
-        self._handoff = Handoff(self.host, engine, self._exchange.hub, self._exchange.channels)
+        self._handoff = Handoff(self.host, engine, self._exchange.receiving, self._exchange.channels)
         worker = DecodeWorker(engine, self._handoff, self._exchange.prefixes, config.short_prefill_tokens)
         servicer = DecodeServicer(self.host, worker)
         self.host.server.add(decode_pb2_grpc.add_DecodeServicer_to_server, servicer, "pdmesh.v1.Decode")

@@ -17,7 +17,7 @@ from typing import Protocol
 from pdmesh.errors import MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import FinishReason, Load, MemoryFile, ModelInfo, PairingFacts, TokenLogprob
+from pdmesh.types import FinishReason, KVNode, Load, MemoryFile, ModelInfo, PairingFacts, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,10 @@ class BlockMemory(Protocol):
         """Where the blocks lie for other processes of this host to read; None: nowhere."""
         ...
 
+    def place(self, block_id: int) -> int:
+        """Where in `file` a block begins, in bytes."""
+        ...
+
     def view(self, block_id: int) -> memoryview:
         """The writable bytes of one block, `block_bytes` long, format "B"."""
         ...
@@ -205,6 +209,11 @@ class Engine(Protocol):
     def facts(self) -> PairingFacts: ...
     @property
     def memory(self) -> BlockMemory: ...
+
+    @property
+    def kv_nodes(self) -> tuple[KVNode, ...]:
+        """Where the bytes of a block lie, this process's memory first: all of them, unless ranks are elsewhere."""
+        ...
 
     @property
     def ranks(self) -> tuple[RankInfo, ...]:

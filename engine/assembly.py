@@ -10,23 +10,25 @@ from typing import Protocol
 
 import torch
 
-from engine.api import RankInfo
+from engine.api import BlockMemory, RankInfo
 from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
 from engine.loader import ALONE, DTYPES, LoadedModel, Split
+from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
 from engine.parallel.rank import Rank
-from engine.parallel.wire import Loaded, Serve, Serving
+from engine.parallel.staging import StagedMemory
+from engine.parallel.wire import Begin, Loaded, Serve, Serving
 from engine.runner import PROMPT_LOGITS_ROWS, ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
 from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import seal
-from pdmesh.types import ModelInfo, PairingFacts
+from pdmesh.types import BlockRun, KVNode, ModelInfo, PairingFacts
 
 
 class ModelLoader(Protocol):
@@ -47,13 +49,17 @@ class Assembly:
     """A core, and what those outside its thread may know of it.
 
     Attributes:
+        memory: Of whole blocks, as far as they lie on this node.
+        kv_nodes: Where the bytes of a block lie, this process's memory first.
         ranks: That it computes with; empty where this process does so alone.
     """
 
     core: EngineCore
     kv_cache: KVCache
+    memory: BlockMemory
     model: ModelInfo
     facts: PairingFacts
+    kv_nodes: tuple[KVNode, ...]
     ranks: tuple[RankInfo, ...] = ()
 
 
@@ -76,19 +82,25 @@ def assemble(
     part = load_part(config, load, on_progress, group)
     if group is None:
         made = part.make(Serve(part.size.num_blocks, part.size.max_model_len), lend_kv=lend_kv)
-        return _around(part, made, OneProcess(made.backend.executor))
+        return _around(part, made, OneProcess(made.backend.executor), (_own_node(made),))
     followers = group.to_followers()
     serve, loaded = agree(part.loaded, followers)
     made = part.make(serve)
-    ranks = [made.info]
+    ranks, nodes = [made.info], [_own_node(made)]
     for wire, of_rank in zip(followers, loaded, strict=True):
         serving = wire.receive()
-        assert isinstance(serving, Serving), f"instead of serving, a rank sent {serving}"
+        if not isinstance(serving, Serving):
+            raise GroupDownError(f"{wire.peer} ended before it served: see its log for why")
         ranks.append(RankInfo(len(ranks), serving.host, serving.pid, of_rank.weight_bytes, serving.kv_bytes))
-    # Everybody who writes has it mapped.
-    assert made.kv_cache.file is not None
-    seal(made.kv_cache.file.descriptor)
-    return _around(part, made, Leader(made.rank, followers), tuple(ranks))
+        if serving.kv_address:
+            nodes.append(_other_node(serving, group.place.token))
+    for wire in followers:
+        wire.send(Begin())
+    made.seal_kv()
+    memory = None
+    if part.device.type == "cuda":
+        memory = StagedMemory(made.kv_cache, followers[: group.place.local_size - 1])
+    return _around(part, made, Leader(made.rank, followers), tuple(nodes), tuple(ranks), memory)
 
 
 def load_part(
@@ -101,9 +113,15 @@ def load_part(
         loaded = load(config.model, config.dtype_name, device, on_progress)
         share = 1.0
     else:
+        if device.type == "cuda" and group.config.nnodes > 1 and group.config.local_size > 1:
+            raise ConfigError(
+                "KV of several GPUs on each of several nodes cannot be moved: use one GPU of each node, or one node"
+            )
         if config.compile:
             raise ConfigError("--compile works for one rank alone: leave it out, or --tp and --pp")
         device = group.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
         share = group.kv_share(loaded, device)
     block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
@@ -121,11 +139,17 @@ class MadePart:
     group: RankGroup | None
     _rank: Rank | None
     weight_bytes: int
+    kv_runs: tuple[BlockRun, ...]
 
     @property
     def rank(self) -> Rank:
         assert self._rank is not None, "this process is in no group"
         return self._rank
+
+    def seal_kv(self) -> None:
+        """All ranks of this node have the KV cache mapped: from now on others may be lent it, to read."""
+        assert self.kv_cache.file is not None
+        seal(self.kv_cache.file.descriptor)
 
     @property
     def info(self) -> RankInfo:
@@ -204,7 +228,8 @@ class LoadedPart:
         if exchange is not None:
             max_micro_batches = config.micro_batches if shard.pp_size > 1 else 1
             rank = Rank(backend.executor, exchange, last_stage=shard.last_stage, max_micro_batches=max_micro_batches)
-        return MadePart(kv_cache, backend, group, rank, weight_bytes)
+        runs = (BlockRun(0, block_bytes),) if group is None else group.kv_runs(model, block_bytes)
+        return MadePart(kv_cache, backend, group, rank, weight_bytes, runs)
 
 
 def _set_num_threads(config: EngineConfig, group: RankGroup | None) -> None:
@@ -215,7 +240,14 @@ def _set_num_threads(config: EngineConfig, group: RankGroup | None) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // group.place.local_size))
 
 
-def _around(part: LoadedPart, made: MadePart, executor: StepExecutor, ranks: tuple[RankInfo, ...] = ()) -> Assembly:
+def _around(
+    part: LoadedPart,
+    made: MadePart,
+    executor: StepExecutor,
+    kv_nodes: tuple[KVNode, ...],
+    ranks: tuple[RankInfo, ...] = (),
+    memory: BlockMemory | None = None,
+) -> Assembly:
     config, shape, kv_cache = part.config, part.model.config, made.kv_cache
     max_model_len = min(part.size.max_model_len, kv_cache.num_blocks * config.block_size)
     scheduler_config = SchedulerConfig(
@@ -239,6 +271,7 @@ def _around(part: LoadedPart, made: MadePart, executor: StepExecutor, ranks: tup
     return Assembly(
         core=EngineCore(Scheduler(scheduler_config), runner),
         kv_cache=kv_cache,
+        memory=memory or kv_cache,
         model=ModelInfo(part.model.name, shape.architecture, shape.vocab_size, max_model_len),
         facts=PairingFacts(
             model_digest=part.model.digest,
@@ -250,5 +283,15 @@ def _around(part: LoadedPart, made: MadePart, executor: StepExecutor, ranks: tup
             head_dim=shape.head_dim,
             kv_layout=kv_cache.layout.name,
         ),
+        kv_nodes=kv_nodes,
         ranks=ranks,
     )
+
+
+def _own_node(made: MadePart) -> KVNode:
+    return KVNode(made.kv_runs)
+
+
+def _other_node(serving: Serving, token: str) -> KVNode:
+    offers = tuple((name, address) for name, address in serving.kv_offers)
+    return KVNode(tuple(BlockRun(*run) for run in serving.kv_runs), serving.kv_address, token, offers)

@@ -183,6 +183,10 @@ class KVCache:
     def block_bytes(self) -> int:
         return self._block_bytes
 
+    def place(self, block_id: int) -> int:
+        """Where in `file` a block begins, in bytes."""
+        return block_id * self._block_bytes
+
     def view(self, block_id: int) -> memoryview:
         """The writable bytes of one whole block; see `BlockMemory`."""
         assert 0 <= block_id < self.num_blocks

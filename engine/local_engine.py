@@ -41,7 +41,7 @@ from engine.streams import EngineStream
 from engine.validation import validate_request
 from pdmesh.errors import MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
-from pdmesh.types import Load, ModelInfo, PairingFacts
+from pdmesh.types import KVNode, Load, ModelInfo, PairingFacts
 
 # What a thread that waits for lost ranks is given to notice that the group was given up.
 _DOWN_JOIN_S = 0.3
@@ -95,7 +95,11 @@ class LocalEngine:
 
     @property
     def memory(self) -> BlockMemory:
-        return self._parts.kv_cache
+        return self._parts.memory
+
+    @property
+    def kv_nodes(self) -> tuple[KVNode, ...]:
+        return self._parts.kv_nodes
 
     @property
     def ranks(self) -> tuple[RankInfo, ...]:
@@ -109,7 +113,7 @@ class LocalEngine:
         return self._thread.status
 
     def keep_evicted(self, put: Callable[[BlockHash, memoryview], object]) -> None:
-        memory = self._parts.kv_cache
+        memory = self._parts.memory
 
         def keep(evicted: list[tuple[int, BlockHash]]) -> None:
             memory.to_host([block_id for block_id, _ in evicted])
@@ -310,7 +314,11 @@ class LocalEngine:
 
     def _on_thread_end(self, error: Exception | None) -> None:
         if error is not None:
-            self._tell(self._end, as_mesh_error(error))
+            ended_by = as_mesh_error(error)
+            if self._group is not None:
+                # The others may wait for this rank in the middle of a step.
+                self._group.give_up(ended_by.message)
+            self._tell(self._end, ended_by)
 
     def _tell(self, callback: Callable[..., object], *args: object) -> None:
         assert self._bell is not None

@@ -162,6 +162,10 @@ class GrpcServer:
         """Returns when no call runs any more."""
         await self._calls.idle.wait()
 
+    async def wait_stopped(self) -> None:
+        """Returns once the server was stopped."""
+        await self._server.wait_for_termination()
+
     async def stop(self, grace_s: float = 0.0) -> None:
         """Stops listening; calls still running after `grace_s` are cancelled."""
         await self._server.stop(grace_s)

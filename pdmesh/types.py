@@ -70,6 +70,35 @@ class MemoryFile:
     num_bytes: int
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class BlockRun:
+    """Consecutive bytes of a KV block."""
+
+    offset_bytes: int
+    num_bytes: int
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KVNode:
+    """Where some of each KV block's bytes lie: a worker's ranks may be spread over several machines.
+
+    Attributes:
+        runs: Which bytes; ascending, apart from each other.
+        address: host:port at which the service KVNode moves them; empty: they lie in the process that says so.
+        token: Secret that this service asks for.
+        offers: Names and addresses of the transports on which it receives, best first.
+    """
+
+    runs: tuple[BlockRun, ...]
+    address: str = ""
+    token: str = ""
+    offers: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log-probability of one token and of the likeliest ones at its place, best first."""

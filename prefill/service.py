@@ -2,7 +2,7 @@
 
 from engine.api import Engine
 from kvstore.directory import Directory
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.types import Role
 from pdmesh.v1 import prefill_pb2_grpc
 from prefill.config import PrefillConfig
@@ -18,7 +18,7 @@ class PrefillService:
     def __init__(self, config: PrefillConfig, engine: Engine, directory: Directory) -> None:
         self.host = WorkerHost(config.worker, Role.PREFILL, engine, directory)
         self._exchange = WorkerExchange(self.host, engine, directory, config.worker.service, TRANSPORTS)
-        worker = PrefillWorker(engine, self._exchange.senders, self._exchange.prefixes, self._exchange.feed)
+        worker = PrefillWorker(engine, self._exchange.sending, self._exchange.prefixes, self._exchange.feed)
         servicer = PrefillServicer(self.host, worker)
         self.host.server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "pdmesh.v1.Prefill")
 

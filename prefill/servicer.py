@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 
 from engine.api import EngineRequest
-from kvstore.transfer.messages import failed_to_pb, grant_from_pb, offers_from_pb
+from kvstore.nodes.messages import flows_to_pb, receivers_from_pb
+from kvstore.transfer.messages import failed_to_pb, grant_from_pb
 from kvstore.transfer.streams import responses_of
 from pdmesh.errors import InvalidRequestError, PreconditionError
 from pdmesh.sampling import SamplingParams
@@ -83,16 +84,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             raise InvalidRequestError(
                 f"{start.num_held_blocks} held blocks leave nothing of {num_tokens} tokens to compute", stage="prefill"
             )
-        offers = offers_from_pb(start.offers)
+        receivers = receivers_from_pb(start.receivers)
+        if not receivers or not all(receiver.runs for receiver in receivers):
+            raise InvalidRequestError("RunStart names no memory that is to receive the KV", stage="prefill")
         sources = tuple(KVSource.from_pb(source) for source in start.sources)
-        return Prompt(start.request_id, request, start.num_held_blocks, start.decode_worker_id, offers, sources)
+        return Prompt(start.request_id, request, start.num_held_blocks, start.decode_worker_id, receivers, sources)
 
 
 async def _messages(requests: AsyncIterator[pb.RunRequest]) -> AsyncIterator[Message]:
     async for request in requests:
         match request.WhichOneof("event"):
             case "grant":
-                yield NumberedGrant(request.grant.number, grant_from_pb(request.grant))
+                yield NumberedGrant(request.grant.flow, request.grant.number, grant_from_pb(request.grant))
             case "heartbeat":
                 yield SignOfLife()
             case _:
@@ -106,8 +109,7 @@ def _to_pb(event: Event) -> pb.RunResponse:
                 started=pb.RunStarted(
                     num_cached_tokens=event.num_cached_tokens,
                     queue_s=event.queue_s,
-                    transports=event.negotiation.usable,
-                    unusable=dict(event.negotiation.unusable),
+                    flows=flows_to_pb(event.flows),
                 )
             )
         case FirstToken():
@@ -121,7 +123,7 @@ def _to_pb(event: Event) -> pb.RunResponse:
                 )
             )
         case TransferFailed():
-            return pb.RunResponse(transfer_failed=failed_to_pb(event.grant_number, event.error))
+            return pb.RunResponse(transfer_failed=failed_to_pb(event.grant_number, event.error, event.flow))
         case Complete():
             stats = event.stats
             return pb.RunResponse(

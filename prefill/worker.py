@@ -11,22 +11,22 @@
 5. The rest is sent, the receiver acknowledges all of it (`Complete`). A transport that fails is told
    (`TransferFailed`); the next grant is for another one, and all is sent again.
 6. Its full blocks are offered to the cluster's stores.
-7. However it ends, the shipment is closed and the blocks go back, in one `finally`.
+7. However it ends, the departure is closed and the blocks go back, in one `finally`.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from engine.api import Engine, EngineRequest, PrefillStream, PrefillUpdate, TokenOutput
-from kvstore.transfer.base import Grant, TransferStats, TransportOffer
-from kvstore.transfer.senders import KVSenders, Negotiation
-from kvstore.transfer.shipment import Shipment
+from kvstore.nodes.departure import Departure, SendingNodes
+from kvstore.nodes.flows import Flow, Receiver
+from kvstore.transfer.base import Grant, TransferStats
+from kvstore.transfer.streams import acknowledged
 from pdmesh.errors import CancelledRequestError, MeshError
 from pdmesh.hashing import BlockHash, block_hash, root_hash
-from pdmesh.tasks import beside, settled
+from pdmesh.tasks import beside
 from pdmesh.types import KVSource
 from worker.prefixes import Prefixes
 from worker.store_feed import StoreFeed
@@ -38,7 +38,7 @@ class Started:
 
     num_cached_tokens: int
     queue_s: float
-    negotiation: Negotiation
+    flows: tuple[Flow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,9 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class TransferFailed:
-    """A grant came to nothing."""
+    """A grant of a flow came to nothing."""
 
+    flow: int
     grant_number: int
     error: MeshError
 
@@ -69,8 +70,9 @@ Event = Started | FirstToken | TransferFailed | Complete
 
 @dataclass(frozen=True, slots=True)
 class NumberedGrant:
-    """A grant, and which of the stream's it is."""
+    """A grant, of which flow it is, and which of that flow's."""
 
+    flow: int
     number: int
     grant: Grant
 
@@ -93,7 +95,7 @@ class Prompt:
         request: What to compute; its id tells attempts apart.
         num_held_blocks: Leading blocks that the decode worker has: they do not travel.
         decode_worker_id: Who asks.
-        offers: Transports on which it receives the others, best first.
+        receivers: Where it receives the others.
         sources: Who else has more of the prompt's KV than this worker, best first.
     """
 
@@ -101,23 +103,23 @@ class Prompt:
     request: EngineRequest
     num_held_blocks: int
     decode_worker_id: str
-    offers: Sequence[TransportOffer]
+    receivers: Sequence[Receiver]
     sources: tuple[KVSource, ...] = ()
 
 
 class PrefillWorker:
-    """Computes prompts with `engine` and ships their blocks with `senders`; holds nothing between requests.
+    """Computes prompts with `engine` and ships their blocks from `nodes`; holds nothing between requests.
 
     Args:
         engine: Computes.
-        senders: Ship.
+        nodes: Have the blocks, and ship them.
         prefixes: Brings what need not be computed.
         feed: Is offered what was computed.
     """
 
-    def __init__(self, engine: Engine, senders: KVSenders, prefixes: Prefixes, feed: StoreFeed) -> None:
+    def __init__(self, engine: Engine, nodes: SendingNodes, prefixes: Prefixes, feed: StoreFeed) -> None:
         self._engine = engine
-        self._senders = senders
+        self._nodes = nodes
         self._prefixes = prefixes
         self._feed = feed
 
@@ -130,53 +132,47 @@ class PrefillWorker:
         Raises what the engine or the transfer raised. Cancelling it frees everything before it returns.
         """
 
-        def on_failed(grant_number: int, error: MeshError) -> None:
-            emit(TransferFailed(grant_number, error))
+        def on_failed(flow: int, grant_number: int, error: MeshError) -> None:
+            emit(TransferFailed(flow, grant_number, error))
 
         arrived = time.monotonic()
         request = prompt.request
         if request.sampling.prompt_logprobs is None:
             token_ids = request.prompt_token_ids + request.output_token_ids
             await self._prefixes.bring(token_ids, request.cache_salt, prompt.sources)
-        # The shipment is closed first: it reads blocks that the engine then takes back.
+        # The departure is closed first: it reads blocks that the engine then takes back.
         async with (
             aclosing(self._engine.prefill(request)) as updates,
-            aclosing(self._shipment(prompt, on_failed)) as shipment,
+            aclosing(
+                self._nodes.departure(prompt.receivers, prompt.request_id, prompt.decode_worker_id, on_failed)
+            ) as departure,
         ):
-            # The shipment ends before the last block is computed only by failing: then computing on is of no use.
+            # It ends before the last block is computed only by failing: then computing on is of no use.
             stats = await beside(
-                shipment.wait(), self._compute(prompt, arrived, updates, shipment, emit), _listen(messages, shipment)
+                departure.wait(), self._compute(prompt, arrived, updates, departure, emit), _listen(messages, departure)
             )
         emit(Complete(stats))
-
-    def _shipment(self, prompt: Prompt, on_failed: Callable[[int, MeshError], None]) -> Shipment:
-        return Shipment(self._engine.memory, self._senders, prompt.request_id, prompt.decode_worker_id, on_failed)
 
     async def _compute(
         self,
         prompt: Prompt,
         arrived: float,
         updates: PrefillStream,
-        shipment: Shipment,
+        departure: Departure,
         emit: Callable[[Event], None],
     ) -> None:
         """Offers blocks as they are computed, up to the first token."""
-        negotiating = asyncio.create_task(self._senders.negotiate(prompt.offers, prompt.decode_worker_id))
         started: float | None = None
-        try:
-            async for update in updates:
-                if started is None:
-                    started = time.monotonic()
-                    emit(Started(update.num_cached_tokens, started - arrived, await negotiating))
-                hashes = self._hashes(prompt.request, update)
-                travelling = slice(prompt.num_held_blocks, len(hashes))
-                shipment.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
-                if update.output is not None:
-                    emit(FirstToken(update.output, compute_s=time.monotonic() - started))
-                    self._feed.offer(update.block_hashes)
-        finally:
-            negotiating.cancel()
-            await settled(negotiating)
+        async for update in updates:
+            if started is None:
+                started = time.monotonic()
+                emit(Started(update.num_cached_tokens, started - arrived, await departure.negotiated()))
+            hashes = self._hashes(prompt.request, update)
+            travelling = slice(prompt.num_held_blocks, len(hashes))
+            departure.offer(update.block_ids[travelling], hashes[travelling], last=update.output is not None)
+            if update.output is not None:
+                emit(FirstToken(update.output, compute_s=time.monotonic() - started))
+                self._feed.offer(update.block_hashes)
 
     def _hashes(self, request: EngineRequest, update: PrefillUpdate) -> Sequence[BlockHash]:
         """Identity of the blocks that may travel: the full ones, and at the end the partial one too."""
@@ -188,11 +184,14 @@ class PrefillWorker:
         return *hashes, block_hash(parent, token_ids[len(hashes) * self._engine.facts.block_size :])
 
 
-async def _listen(messages: AsyncIterator[Message], shipment: Shipment) -> None:
+async def _listen(messages: AsyncIterator[Message], departure: Departure) -> None:
     async for message in messages:
         match message:
             case NumberedGrant():
-                shipment.granted(message.number, message.grant)
+                departure.granted(message.flow, message.number, message.grant)
             case SignOfLife():
-                shipment.alive()
-    raise CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill")
+                departure.alive()
+    await acknowledged(
+        departure.wait(),
+        CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill"),
+    )

@@ -50,6 +50,9 @@ class BytesMemory:
     def content(self) -> bytes:
         return bytes(self._bytes)
 
+    def place(self, block_id: int) -> int:
+        return block_id * self.block_bytes
+
     def view(self, block_id: int) -> memoryview:
         return self._bytes[block_id * self.block_bytes :][: self.block_bytes]
 

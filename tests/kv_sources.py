@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from kvstore.exchange.servicer import SERVICE, FetchServicer
-from kvstore.transfer.base import Grant, KVSender
+from kvstore.transfer.base import BlockMemory, Grant, KVSender
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
 from pdmesh.hashing import BlockHash
@@ -57,8 +57,10 @@ class ProxiedSenders(KVSenders):
 
     proxy: FaultProxy | None = None
 
-    def sender(self, grant: Grant, request_id: str) -> KVSender:
-        return super().sender(grant if self.proxy is None else replace(grant, address=self.proxy.address), request_id)
+    def sender(self, grant: Grant, request_id: str, memory: BlockMemory | None = None) -> KVSender:
+        if self.proxy is not None:
+            grant = replace(grant, address=self.proxy.address)
+        return super().sender(grant, request_id, memory)
 
 
 @dataclass

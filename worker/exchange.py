@@ -7,6 +7,8 @@ from kvstore.directory import Directory
 from kvstore.exchange.fetching import BlockFetcher
 from kvstore.exchange.putting import BlockPutter
 from kvstore.exchange.servicer import SERVICE, FetchServicer
+from kvstore.nodes.arrival import ReceivingNodes
+from kvstore.nodes.departure import SendingNodes
 from kvstore.transfer.receiver import ReceiverHub
 from kvstore.transfer.senders import KVSenders
 from pdmesh.channels import ChannelPool
@@ -27,6 +29,7 @@ class WorkerExchange:
         channels: To other processes.
         hub: Receives KV.
         senders: Send it.
+        receiving, sending: All nodes of the worker, as they do so.
         prefixes: Brings the beginnings of prompts.
         feed: Gives stores what was computed here.
     """
@@ -39,6 +42,8 @@ class WorkerExchange:
         self.hub = ReceiverHub(memory, transports, host.server, listen.host, listen.advertised_host, host.journal)
         host.num_tickets = lambda: self.hub.num_open_tickets
         self.senders = KVSenders(memory, host.incarnation, self.channels.get, host.journal, transports)
+        self.receiving = ReceivingNodes(lambda: engine.kv_nodes, self.hub, self.channels, host.journal)
+        self.sending = SendingNodes(lambda: engine.kv_nodes, memory, self.senders, host.incarnation, self.channels)
         self._fetcher = BlockFetcher(host.worker_id, self.hub, host.journal, self.channels)
         speeds = Speeds(lambda: engine.status().prefill_token_s)
         self.prefixes = Prefixes(engine, lambda: host.tiers, self._fetcher, speeds)

@@ -20,6 +20,9 @@ class EngineMemory:
     def file(self) -> MemoryFile | None:
         return self._engine.memory.file
 
+    def place(self, block_id: int) -> int:
+        return self._engine.memory.place(block_id)
+
     def view(self, block_id: int) -> memoryview:
         return self._engine.memory.view(block_id)
 

@@ -31,6 +31,11 @@ _PATIENCE_S = 0.5
 _ORIGINS = {Tier.HOST: HOST, Tier.DISK: DISK}
 
 
+def has_whole_blocks(engine: Engine) -> bool:
+    """Whether all of each block lies in this process's memory: tiers and stores, which are one memory, take no less."""
+    return len(engine.kv_nodes) == 1
+
+
 class Prefixes:
     """See the module.
 
@@ -53,7 +58,7 @@ class Prefixes:
 
     async def bring(self, token_ids: Sequence[int], cache_salt: bytes, sources: Sequence[KVSource] = ()) -> None:
         """Returns when what is worth bringing of a prompt's full blocks is in the cache; its last token stays over."""
-        if self._tiers() is None and not sources:
+        if (self._tiers() is None and not sources) or not has_whole_blocks(self._engine):
             return
         size = self._engine.facts.block_size
         num_usable = (len(token_ids) - 1) // size

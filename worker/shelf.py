@@ -8,7 +8,7 @@ from pdmesh.errors import UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import PairingFacts
 from worker.memory import EngineMemory
-from worker.prefixes import Prefixes
+from worker.prefixes import Prefixes, has_whole_blocks
 
 
 class EngineShelf:
@@ -33,6 +33,8 @@ class EngineShelf:
     async def hold(self, hashes: Sequence[BlockHash]) -> "LeasedBlocks":
         if self.facts is None:
             raise UnavailableError("this worker loads its model and has no KV yet", reason="WORKER_LOADING")
+        if not has_whole_blocks(self._engine):
+            return LeasedBlocks(self._engine, BlockLease())
         await self._prefixes.bring_blocks(hashes)
         lease = await self._engine.acquire_blocks(hashes)
         self.memory.to_host(lease.block_ids)

@@ -12,6 +12,7 @@ from kvstore.exchange.putting import BlockPutter
 from pdmesh.errors import MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.types import Role, WorkerInfo, WorkerState
+from worker.prefixes import has_whole_blocks
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class StoreFeed:
 
     def offer(self, hashes: Sequence[BlockHash]) -> None:
         """These blocks, a prompt's from its first on, are in the cache now."""
-        if hashes:
+        if hashes and has_whole_blocks(self._engine):
             while self._waiting.qsize() >= MAX_WAITING:
                 self._waiting.get_nowait()
             self._waiting.put_nowait(hashes)

@@ -12,7 +12,7 @@ from pdmesh import AsyncClient
 from pdmesh.channels import ChannelPool
 from pdmesh.generation import Chunk, Complete, RequestReport
 from pdmesh.sampling import SamplingParams
-from pdmesh.types import WorkerInfo
+from pdmesh.types import PairingFacts, WorkerInfo
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, prefill_pb2_grpc
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 from pdmesh.v1 import prefill_pb2 as pb
@@ -58,12 +58,22 @@ class PrefillClient:
             expected_incarnation=self._worker.incarnation,
             facts=facts.to_pb(),
             # The one transport that is not connected to before there is a grant.
-            offers=[kv_pb.TransportOffer(name="grpc", address=self._worker.address)],
+            receivers=[
+                kv_pb.KVReceiver(
+                    runs=[kv_pb.BlockRun(num_bytes=_block_bytes(facts))],
+                    offers=[kv_pb.TransportOffer(name="grpc", address=self._worker.address)],
+                )
+            ],
         )
         yield pb.RunRequest(start=start)
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             yield pb.RunRequest(heartbeat=kv_pb.Heartbeat())
+
+
+def _block_bytes(facts: PairingFacts) -> int:
+    value_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}[facts.kv_dtype]
+    return 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * facts.block_size * value_bytes
 
 
 async def answer(client: AsyncClient, prompt: Sequence[int], num_tokens: int, transport: str) -> Answer:

@@ -20,9 +20,9 @@ from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.executor import OneProcess
 from engine.loader import load_model
-from engine.parallel.exchange import Alone
+from engine.parallel.batches import micro_batches
 from engine.parallel.leader import Leader
-from engine.parallel.rank import Rank
+from engine.parallel.rank import MIN_MICRO_BATCH_TOKENS
 from engine.parallel.spawn import spawned_group
 
 STAGES = 2
@@ -83,12 +83,11 @@ def _alone(config: EngineConfig) -> dict[int, Step]:
     executor = process._executor
 
     def cut(parts: int) -> Step:
-        rank = Rank(executor, Alone(), last_stage=True, max_micro_batches=parts)
-
         @torch.inference_mode()
         def step(batch: Batch) -> None:
-            rank.run(batch)
-            rank.logits(batch.logit_rows[0])
+            for _, micro_batch in micro_batches(batch, parts, MIN_MICRO_BATCH_TOKENS):
+                hidden = executor.forward(micro_batch)
+            executor.logits(hidden)
 
         return step
 

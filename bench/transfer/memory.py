@@ -24,6 +24,9 @@ class PlainMemory:
         for start in range(0, len(self.bytes), mmap.PAGESIZE):
             self.bytes[start] = start % 251
 
+    def place(self, block_id: int) -> int:
+        return block_id * self.block_bytes
+
     def view(self, block_id: int) -> memoryview:
         return self.bytes[block_id * self.block_bytes :][: self.block_bytes]
 

@@ -4,6 +4,7 @@ A collective that waits for a rank that is lost ends when that rank's process do
 it that it does, within a second or two (pdmesh/ranks).
 """
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,11 +16,14 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.shard import Shard
+from engine.parallel.store import open_store
 from pdmesh.ranks.place import RankPlace
 
 # Nobody learns anything by this running out: see the module. A group may be idle for as long as it likes.
 _TIMEOUT: Final = timedelta(days=1)
 _LEADER: Final = 0
+# Of messages that nobody sends; all others have 0.
+_NO_TAG: Final = 1
 
 
 class DistributedExchange:
@@ -47,17 +51,16 @@ class DistributedExchange:
         self._vocab_sizes = vocab_sizes
         self._dtype = dtype
         self._device = device
-        with _lost():
-            store: Store = dist.TCPStore(  # type: ignore[attr-defined]
-                place.leader_host,
-                place.store_port,
-                place.size,
-                is_master=place.rank == _LEADER,
-                timeout=_TIMEOUT,
-                master_listen_fd=place.store_fd,
-            )
-            self._everybody = self._group("group", store, place.rank, place.size, place.host)
-            self._stage = self._group(f"stage{shard.pp_rank}", store, shard.tp_rank, shard.tp_size, place.host)
+        self._given_up = ""
+        with self._lost():
+            # Kept: torch holds on to it without Python's knowing.
+            self._store = open_store(place)
+            self._everybody = self._group("group", self._store, place.rank, place.size, place.host)
+            self._stage = self._group(f"stage{shard.pp_rank}", self._store, shard.tp_rank, shard.tp_size, place.host)
+        # Each with another rank of it.
+        self._groups = [(self._everybody, 1 if place.rank == _LEADER else _LEADER)]
+        if shard.tp_size > 1:
+            self._groups.append((self._stage, 0 if shard.tp_rank else 1))
         self._sent: list[Any] = []
 
     def _group(self, name: str, store: Store, rank: int, size: int, host: str) -> Any:
@@ -72,12 +75,22 @@ class DistributedExchange:
         options._timeout = _TIMEOUT
         return ProcessGroupGloo(own, rank, size, options)
 
+    def give_up(self, reason: str) -> None:
+        self._given_up = reason
+        for group, other in self._groups:
+            if self._device.type == "cuda":
+                group.abort()
+                continue
+            # Gloo cannot be told to stop waiting. But an operation that times out takes its group's others with it.
+            with contextlib.suppress(RuntimeError):
+                group.recv([torch.empty(1)], other, _NO_TAG).wait(timedelta(milliseconds=1))
+
     def begin_step(self) -> None:
         """Every message is its own sign."""
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         if self._shard.tp_size > 1:
-            with _lost():
+            with self._lost():
                 self._stage.allreduce([partial]).wait()
         return partial
 
@@ -91,12 +104,12 @@ class DistributedExchange:
     def send_hidden(self, rows: slice, hidden: torch.Tensor) -> None:
         # Each rank to its like of the next stage. The executor uses its memory again before this has left.
         hidden = hidden.clone()
-        with _lost():
+        with self._lost():
             work = self._everybody.send([hidden], self._rank_of(self._shard.pp_rank + 1, self._shard.tp_rank), 0)
         self._sent.append((work, hidden))
 
     def end_step(self) -> None:
-        with _lost():
+        with self._lost():
             for work, _ in self._sent:
                 work.wait()
         self._sent.clear()
@@ -132,19 +145,18 @@ class DistributedExchange:
 
     def _send(self, values: torch.Tensor) -> None:
         """To the leader."""
-        with _lost():
+        with self._lost():
             self._everybody.send([values.contiguous()], _LEADER, 0).wait()
 
     def _receive(self, values: torch.Tensor, stage: int, tp_rank: int | None = None) -> None:
         rank = self._rank_of(stage, self._shard.tp_rank if tp_rank is None else tp_rank)
-        with _lost():
+        with self._lost():
             self._everybody.recv([values], rank, 0).wait()
 
-
-@contextmanager
-def _lost() -> Iterator[None]:
-    """What torch.distributed raises means that a rank is not there any more."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise GroupDownError(f"the ranks lost each other: {error}") from error
+    @contextmanager
+    def _lost(self) -> Iterator[None]:
+        """What torch.distributed raises means that a rank is not there any more, or that the group was given up."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise GroupDownError(self._given_up or f"the ranks lost each other: {error}") from error

@@ -45,30 +45,12 @@ class Exchange(Protocol):
         ...
 
     def gather_logits(self, num_rows: int, logits: torch.Tensor | None) -> torch.Tensor | None:
-        """This rank's columns, None of a rank that has none; at the leader, returns all [num_rows, vocab]."""
+        """This rank's columns, None of a rank that has none; at the leader, returns all [num_rows, vocab].
+
+        These are the leader's to overwrite until it next asks for any, or begins a step.
+        """
         ...
 
-
-class Alone:
-    """The `Exchange` of a rank that is the whole group."""
-
-    def begin_step(self) -> None:
-        """There is nobody to tell."""
-
-    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
-        return partial
-
-    def receive_hidden(self, rows: slice) -> torch.Tensor | None:
-        return None
-
-    def send_hidden(self, rows: slice, hidden: torch.Tensor) -> None:
-        """There is no other stage."""
-
-    def end_step(self) -> None:
-        """There is nobody to wait for."""
-
-    def logits_place(self, num_rows: int) -> torch.Tensor | None:
-        return None
-
-    def gather_logits(self, num_rows: int, logits: torch.Tensor | None) -> torch.Tensor | None:
-        return logits
+    def give_up(self, reason: str) -> None:
+        """Ends this rank's waiting, now and from now on, with GroupDownError(reason). From any thread."""
+        ...

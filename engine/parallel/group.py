@@ -13,11 +13,12 @@ from engine.loader import LoadedModel, Split
 from engine.parallel.distributed import DistributedExchange
 from engine.parallel.exchange import Exchange, GroupDownError
 from engine.parallel.host_exchange import ExchangeSizes, HostExchange
+from engine.parallel.kv_runs import held_runs
 from engine.parallel.shard import shard_of
 from engine.parallel.wire import Wire
 from pdmesh.ranks.config import GroupConfig
 from pdmesh.ranks.place import RankPlace
-from pdmesh.types import MemoryFile
+from pdmesh.types import BlockRun, MemoryFile
 
 _LEADER = 0
 # In which a follower of another node says who it is, once connected.
@@ -45,6 +46,11 @@ class RankGroup:
         return self.place.rank == _LEADER
 
     @property
+    def moves_kv(self) -> bool:
+        """Whether this rank moves its node's KV to other workers; at the leader's node, the leader does."""
+        return self.place.node_rank > 0 and self.place.rank == self.config.local_ranks.start
+
+    @property
     def split(self) -> Split:
         """For the loader."""
         return Split(self.config.tp, self.config.pp, self.place.rank, self._all_reduce)
@@ -60,6 +66,12 @@ class RankGroup:
             return self.place.local_size / self.place.size
         shard, model = loaded.shard, loaded.config
         return len(shard.kv_heads) * len(shard.layers) / (model.num_kv_heads * model.num_layers)
+
+    def kv_runs(self, loaded: LoadedModel, block_bytes: int) -> tuple[BlockRun, ...]:
+        """Which bytes of a KV block lie on this node."""
+        config, model = self.config, loaded.config
+        shards = [shard_of(model, tp=config.tp, pp=config.pp, rank=rank) for rank in config.local_ranks]
+        return held_runs(shards, model.num_layers, block_bytes // (model.num_layers * model.num_kv_heads))
 
     def kv_memory(self, num_bytes: int) -> MemoryFile:
         """Where the ranks of this node have their KV blocks."""
@@ -134,8 +146,8 @@ class RankGroup:
             with contextlib.suppress(OSError):
                 if sock is not None:
                     sock.shutdown(socket.SHUT_RDWR)
-        if isinstance(self._exchange, HostExchange):
-            self._exchange.give_up()
+        if self._exchange is not None:
+            self._exchange.give_up(reason)
 
     def close(self) -> None:
         for sock in (self._listener, *self._local.values()):

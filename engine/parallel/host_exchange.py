@@ -1,8 +1,8 @@
 """The exchange of ranks on one host: over memory that they share, without a system call while nobody has to wait long.
 
     words    [1 + 4 * size] lines: given up; then of each rank how often it has met its stage's others, how many
-             micro-batches it has passed on, how many steps it has ended, how many logits it has written or (the
-             leader) read
+             micro-batches it has passed on, how many steps it has ended, how many calls' logits it has written or
+             (the leader) read
     slots    of each stage: partial sums, see engine/cpu/kernels/group.h
     hidden   [stages - 1, max_tokens, hidden] float32: a step's rows, as each stage hands them to the next
     logits   [max_rows, vocab] float32
@@ -95,9 +95,11 @@ class HostExchange:
         )
         # Since the group began: micro-batches that this rank passed on and took, steps, logits.
         self._num_handed_on = self._num_taken = self._num_steps = self._num_logits = 0
+        self._reason = "the group of ranks was given up"
 
-    def give_up(self) -> None:
-        """Has every rank's waiting, also in the middle of a step, end with GroupDownError. From any thread."""
+    def give_up(self, reason: str) -> None:
+        """Ends the other ranks' waiting, too, if not with this reason."""
+        self._reason = reason
         self._meetings.post(self._address, 1)
 
     def partial_rows(self, place: int, width: int) -> Rows:
@@ -110,11 +112,10 @@ class HostExchange:
     def check(self) -> None:
         """Raises GroupDownError where the group was given up while the kernels ran."""
         if self._memory[0]:
-            raise GroupDownError("the group of ranks was given up")
+            raise GroupDownError(self._reason)
 
     def begin_step(self) -> None:
-        if self._is_leader:
-            self._post(_Word.LOGITS, self._num_logits)
+        self._release_logits()
 
     def all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         if self._shard.tp_size == 1:
@@ -150,6 +151,7 @@ class HostExchange:
             self._wait(self._shard.pp_size - 1, 0, _Word.ENDED, self._num_steps)
 
     def logits_place(self, num_rows: int) -> torch.Tensor | None:
+        self._release_logits()
         if not self._is_leader:
             # Those before are read.
             self._wait(0, 0, _Word.LOGITS, self._num_logits)
@@ -157,6 +159,8 @@ class HostExchange:
         return self._logits[:num_rows, vocab.start : vocab.stop]
 
     def gather_logits(self, num_rows: int, logits: torch.Tensor | None) -> torch.Tensor | None:
+        # At a leader that has no columns, nobody asked for their place.
+        self._release_logits()
         self._num_logits += 1
         if not self._is_leader:
             if logits is not None:
@@ -167,6 +171,11 @@ class HostExchange:
             if (stage, tp_rank) != (0, 0):
                 self._wait(stage, tp_rank, _Word.LOGITS, self._num_logits)
         return self._logits[:num_rows, : self._vocab_size]
+
+    def _release_logits(self) -> None:
+        """At the leader: the last call's are read, and their memory is the next one's."""
+        if self._is_leader:
+            self._post(_Word.LOGITS, self._num_logits)
 
     @property
     def _is_leader(self) -> bool:

@@ -27,16 +27,23 @@ class Leader:
     def __init__(self, rank: Rank, followers: Sequence[Wire]) -> None:
         self._rank = rank
         self._followers = followers
+        # The step's calls for logits, and how many of them were made.
         self._logit_rows: tuple[npt.NDArray[np.int64], ...] = ()
+        self._num_calls = 0
 
     def run(self, batch: Batch) -> None:
+        # The others make all calls that a step announced, also where the leader's sampling failed between two of them.
+        while self._num_calls < len(self._logit_rows):
+            self.logits(self._num_calls)
         packed = pack_batch(batch)
         for follower in self._followers:
             follower.send_batch(packed)
-        self._logit_rows = batch.logit_rows
+        self._logit_rows, self._num_calls = batch.logit_rows, 0
         _together(lambda: self._rank.run(batch))
 
     def logits(self, index: int) -> torch.Tensor:
+        assert index == self._num_calls, "the other ranks make these calls in order, each once"
+        self._num_calls += 1
         logits = _together(lambda: self._rank.logits(self._logit_rows[index]))
         assert logits is not None
         return logits
@@ -51,7 +58,7 @@ def agree(own: Loaded, followers: Sequence[Wire]) -> tuple[Serve, list[Loaded]]:
     for wire in followers:
         loaded = wire.receive()
         if not isinstance(loaded, Loaded):
-            raise GroupDownError(f"{wire.peer} ended before its part of the model was loaded")
+            raise GroupDownError(f"{wire.peer} ended before its part of the model was loaded: see its log for why")
         if loaded.digest != own.digest:
             raise ConfigError(f"{wire.peer} has another model under this name: give all nodes the same files")
         if loaded.on_kernels != own.on_kernels:

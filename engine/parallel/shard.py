@@ -80,6 +80,8 @@ def shard_of(config: ModelConfig, *, tp: int = 1, pp: int = 1, rank: int = 0) ->
 def _splits(config: ModelConfig, tp: int) -> list[tuple[range, range]] | None:
     """Each tensor-parallel rank's heads and KV heads; None where they cannot be shared fairly."""
     num_kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
+    if tp == 1:
+        return [(range(config.num_heads), range(num_kv_heads))]
     if tp <= num_kv_heads:
         splits = [(range(group * part.start, group * part.stop), part) for part in _spread(num_kv_heads, tp)]
     elif tp % num_kv_heads or tp // num_kv_heads > group:

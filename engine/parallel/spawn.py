@@ -1,11 +1,13 @@
 """A group of ranks on this machine without a supervisor: this process leads it, and starts the followers.
 
 For whoever embeds an engine, and for tests and benches. Workers are supervised instead (pdmesh/ranks): here, a follower
-that is lost in the middle of a step leaves the leader waiting for it until somebody calls `RankGroup.give_up`.
+that is lost in the middle of a step leaves the leader waiting for it until somebody calls `RankGroup.give_up`. The
+followers do not outlive this process, however it ends.
 """
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from engine.parallel.follower import follow
 from engine.parallel.group import RankGroup
 from pdmesh.kv_memory import memory_file
 from pdmesh.ranks.config import GroupConfig
+from pdmesh.ranks.control import RankControl
 from pdmesh.ranks.place import ENV_NAME, RankPlace
 
 _END_TIMEOUT_S = 20.0
@@ -34,9 +37,10 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
         for descriptor in memory_fds.values():
             stack.callback(os.close, descriptor)
         pairs = {rank: socket.socketpair() for rank in range(1, size)}
-        # Of a supervisor that is not there: nobody says anything.
-        control, silent = socket.socketpair()
-        stack.enter_context(silent)
+        # A follower sees by its end that this process, which alone has the other end, is gone.
+        own_end, control = socket.socketpair()
+        stack.enter_context(own_end)
+        stack.enter_context(control)
         leader = RankPlace(
             rank=0,
             size=size,
@@ -50,12 +54,11 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
             store_fd=store.detach(),
             step_port=0,
             step_fd=None,
-            token="secret",
+            token=secrets.token_hex(16),
             control_fd=control.fileno(),
             step_fds={rank: ours.detach() for rank, (ours, _) in pairs.items()},
             memory_fds=memory_fds,
         )
-        stack.callback(control.close)
         followers = []
         for rank, (_, theirs) in pairs.items():
             place = replace(leader, rank=rank, store_fd=None, step_fds={0: theirs.fileno()})
@@ -71,7 +74,8 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
         try:
             yield group
         finally:
-            # A follower ends when its leader closes the connection.
+            # A follower ends when its leader closes the connection; or in the middle of a step, if that failed.
+            group.give_up("its leader ended the group")
             group.close()
             for follower in followers:
                 _end(follower)
@@ -89,6 +93,7 @@ def main() -> None:
     config, tp, pp = json.loads(sys.argv[1])
     place = RankPlace.from_environment()
     assert place is not None
+    RankControl(place.control_fd, lambda reason: os._exit(1))
     follow(EngineConfig(**config), RankGroup(GroupConfig(tp=tp, pp=pp), place))
 
 

@@ -3,7 +3,9 @@
     follower ─ Loaded ─▶ leader      its shard is in memory: how many KV blocks it has room for
     leader ─ Serve ─▶ follower       how many there are
     follower ─ Serving ─▶ leader     its cache is mapped, its executor made
+    leader ─ Begin ─▶ follower       so it is with all
     leader ─ Batch ─▶ follower       for each step; nothing comes back
+    leader ─ Stage ─▶ follower       between steps, on devices: KV is to be copied; Staged comes back
 
 A message is its kind, its length, and JSON; of a batch, its numbers as they lie in memory.
 """
@@ -11,6 +13,7 @@ A message is its kind, its length, and JSON; of a batch, its numbers as they lie
 import json
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -27,6 +30,7 @@ _BATCH: Final = 0
 _HEADER: Final = struct.Struct("<IQ")
 # Tokens, sequences, blocks of the longest, calls for logits.
 _SHAPE: Final = struct.Struct("<4Q")
+_NUMBER_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +62,49 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """A follower waits for steps."""
+    """A follower waits for steps.
+
+    Attributes:
+        kv_bytes: Of its part of the KV cache.
+        kv_address: Where its node's KV memory is moved, if it does that for its node; else empty.
+        kv_runs: Which bytes of a block that memory holds: pairs of offset and number.
+        kv_offers: Names and addresses of the transports on which it receives.
+    """
 
     host: str
     pid: int
     kv_bytes: int
+    kv_address: str = ""
+    kv_runs: tuple[tuple[int, int], ...] = ()
+    kv_offers: tuple[tuple[str, str], ...] = ()
 
 
-_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving}
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """All ranks wait for steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The follower's region of these blocks is to be copied from its device to host memory, or back."""
+
+    block_ids: tuple[int, ...]
+    to_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """So it was."""
+
+
+_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving, 4: Begin, 5: Stage, 6: Staged}
 _KINDS: Final = {message: kind for kind, message in _MESSAGES.items()}
 
-Message = Loaded | Serve | Serving
+Message = Loaded | Serve | Serving | Begin | Stage | Staged
 
 
 class Wire:
-    """One end; owns the socket. Blocking; raises GroupDownError where the other end is gone.
+    """One end; owns the socket. Blocking; raises GroupDownError where the other end is gone. Any thread may send.
 
     Attributes:
         peer: Who is at the other end, for messages.
@@ -80,6 +112,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
         self.peer = peer
 
     def send(self, message: Message) -> None:
@@ -99,9 +132,14 @@ class Wire:
             raise GroupDownError(f"{self.peer} sent what is no message: kind {kind}, {num_bytes} bytes")
         body = self._receive(num_bytes)
         assert body is not None
-        if kind == _BATCH:
-            return unpack_batch(body)
-        message: Message = _MESSAGES[kind](**json.loads(body))
+        try:
+            if kind == _BATCH:
+                return unpack_batch(body)
+            message: Message = _MESSAGES[kind](
+                **{name: _with_tuples(value) for name, value in json.loads(body).items()}
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
 
     def close(self) -> None:
@@ -109,8 +147,10 @@ class Wire:
 
     def _send(self, kind: int, pieces: Sequence[bytes | memoryview]) -> None:
         num_bytes = sum(map(len, pieces))
+        message = b"".join((_HEADER.pack(kind, num_bytes), *pieces))
         try:
-            self._sock.sendall(b"".join((_HEADER.pack(kind, num_bytes), *pieces)))
+            with self._sending:
+                self._sock.sendall(message)
         except OSError as error:
             raise GroupDownError(f"{self.peer} is gone: {error}") from error
 
@@ -128,6 +168,11 @@ class Wire:
                 raise GroupDownError(f"{self.peer} closed the connection")
             left = left[received:]
         return data
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON knows lists alone."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def pack_batch(batch: Batch) -> list[bytes | memoryview]:
@@ -152,12 +197,19 @@ def pack_batch(batch: Batch) -> list[bytes | memoryview]:
 
 
 def unpack_batch(data: bytearray) -> Batch:
-    """What `pack_batch` packed; its tensors lie in `data`."""
+    """What `pack_batch` packed; its tensors lie in `data`. Raises ValueError for what it did not pack."""
+    broken = ValueError(f"{len(data)} bytes are not the batch that they begin as")
+    if len(data) < _SHAPE.size or len(data) % _NUMBER_BYTES:
+        raise broken
     num_tokens, num_sequences, num_blocks, num_calls = _SHAPE.unpack_from(data)
     numbers = np.frombuffer(data, np.int64, offset=_SHAPE.size)
     sizes = (*[num_tokens] * 3, *[num_sequences] * 3, num_sequences * num_blocks, num_calls)
+    if sum(sizes) > numbers.size:
+        raise broken
     *arrays, rest = np.split(numbers, np.cumsum(sizes))
     input_ids, positions, slots, query_lens, seq_lens, output_lens, table, num_rows = arrays
+    if num_rows.min(initial=0) < 0 or num_rows.sum() != rest.size:
+        raise broken
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         positions=torch.from_numpy(positions),

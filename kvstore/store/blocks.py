@@ -145,6 +145,9 @@ class StoreBlocks:
     def file(self) -> MemoryFile | None:
         return self._stack.host.file
 
+    def place(self, block_id: int) -> int:
+        return self._stack.host.place(block_id)
+
     def view(self, block_id: int) -> memoryview:
         return self._stack.host.view(block_id)
 

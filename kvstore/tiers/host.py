@@ -62,6 +62,10 @@ class HostTier:
     def block_bytes(self) -> int:
         return self._block_bytes
 
+    def place(self, slot: int) -> int:
+        """Where in `file` a slot begins, in bytes."""
+        return slot * self._block_bytes
+
     def view(self, slot: int) -> memoryview:
         """The writable bytes of one slot, `block_bytes` long; for whoever reserved or pinned it."""
         return self._slab[slot * self._block_bytes : (slot + 1) * self._block_bytes]

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 
 from pdmesh.hashing import BlockHash
-from pdmesh.types import MemoryFile
+from pdmesh.types import BlockRun, MemoryFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,10 @@ class BlockMemory(Protocol):
         """Where the blocks lie for other processes of this host to read; None: nowhere."""
         ...
 
+    def place(self, block_id: int) -> int:
+        """Where in `file` a block begins, in bytes."""
+        ...
+
     def view(self, block_id: int) -> memoryview:
         """The writable bytes of one block, `block_bytes` long."""
         ...
@@ -82,6 +86,35 @@ class BlockMemory(Protocol):
     def to_device(self, block_ids: Sequence[int]) -> None:
         """After views were written, before the blocks are used."""
         ...
+
+
+class SlicedMemory:
+    """Implements BlockMemory: of each block of `memory`, one run of bytes."""
+
+    def __init__(self, memory: BlockMemory, run: BlockRun) -> None:
+        assert 0 <= run.offset_bytes < run.end_bytes <= memory.block_bytes, f"{run} of {memory.block_bytes} bytes"
+        self._memory = memory
+        self._run = run
+
+    @property
+    def block_bytes(self) -> int:
+        return self._run.num_bytes
+
+    @property
+    def file(self) -> MemoryFile | None:
+        return self._memory.file
+
+    def place(self, block_id: int) -> int:
+        return self._memory.place(block_id) + self._run.offset_bytes
+
+    def view(self, block_id: int) -> memoryview:
+        return self._memory.view(block_id)[self._run.offset_bytes : self._run.end_bytes]
+
+    def to_host(self, block_ids: Sequence[int]) -> None:
+        self._memory.to_host(block_ids)
+
+    def to_device(self, block_ids: Sequence[int]) -> None:
+        self._memory.to_device(block_ids)
 
 
 class KVSender(Protocol):

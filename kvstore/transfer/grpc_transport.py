@@ -37,10 +37,9 @@ class Part(NamedTuple):
 
 
 class GrpcReceiver:
-    """Takes parts into `memory`: the KVTransfer service of a worker's gRPC server, which it shares an address with."""
+    """Takes parts: the KVTransfer service of a worker's gRPC server, which it shares an address with."""
 
-    def __init__(self, memory: BlockMemory, tickets: TicketTable, server_address: Callable[[], str]) -> None:
-        self._memory = memory
+    def __init__(self, tickets: TicketTable, server_address: Callable[[], str]) -> None:
         self._tickets = tickets
         self._server_address = server_address
 
@@ -99,7 +98,7 @@ class GrpcReceiver:
                 raise CorruptionError(f"block {head.block_index} fails its checksum", stage="transfer")
             index, offset = head.block_index, head.offset_bytes
             while payload:
-                rest = self._memory.view(incoming.block_ids[index])[offset:]
+                rest = incoming.memory.view(incoming.block_ids[index])[offset:]
                 num_bytes = min(len(rest), len(payload))
                 rest[:num_bytes] = payload[:num_bytes]
                 payload, index, offset = payload[num_bytes:], index + 1, 0

@@ -92,7 +92,7 @@ class _NixlTaker:
         if self._peer is None:
             # Not before it has redeemed a ticket: the library parses this, and connects to where it says.
             self._peer = self._reader.connect(self._description)
-        block_bytes = self._memory.block_bytes
+        block_bytes = incoming.memory.block_bytes
         places = receive_places(self._connection, frame, block_bytes, self._peer.num_bytes)
         num_bytes = frame.count * block_bytes
         if num_bytes > _max_part_bytes(self._memory):
@@ -106,7 +106,7 @@ class _NixlTaker:
             check_crc(self._connection, frame, crc32c([staged]))
             blocks = np.frombuffer(staged, np.uint8).reshape(frame.count, block_bytes)
             for block, block_id in zip(blocks, incoming.block_ids[frame.first :], strict=False):
-                np.copyto(np.frombuffer(self._memory.view(block_id), np.uint8), block)
+                np.copyto(np.frombuffer(incoming.memory.view(block_id), np.uint8), block)
 
     def close(self) -> None:
         if self._peer is not None:
@@ -125,9 +125,8 @@ class NixlLink:
         self._file = file
         self._lending: asyncio.Future[LentMemory] | None = None
 
-    @property
-    def blocks_per_part(self) -> int:
-        return blocks_per_part(self._memory.block_bytes, TARGET_PART_BYTES)
+    def blocks_per_part(self, block_bytes: int) -> int:
+        return blocks_per_part(block_bytes, TARGET_PART_BYTES)
 
     async def connect(self, address: str) -> Connection:
         if self._lending is None:
@@ -146,8 +145,15 @@ class NixlLink:
             ) from error
         return connection
 
-    def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        return send_places(connection, self._memory, first, block_ids, block_hash)
+    def send_part(
+        self,
+        connection: Connection,
+        memory: BlockMemory,
+        first: int,
+        block_ids: Sequence[int],
+        block_hash: BlockHash,
+    ) -> int:
+        return send_places(connection, memory, first, block_ids, block_hash)
 
 
 def _max_part_bytes(memory: BlockMemory) -> int:

@@ -21,14 +21,13 @@ def blocks_per_part(block_bytes: int, part_bytes: int) -> int:
 def send_places(
     connection: Connection, memory: BlockMemory, first: int, block_ids: Sequence[int], block_hash: BlockHash
 ) -> int:
-    """Sends a PART; block i of `memory` begins at i times a block's bytes. Returns the bytes of its blocks."""
-    block_bytes = memory.block_bytes
-    places = struct.pack(f"<{len(block_ids)}Q", *(block_id * block_bytes for block_id in block_ids))
+    """Sends a PART. Returns the bytes of its blocks."""
+    places = struct.pack(f"<{len(block_ids)}Q", *map(memory.place, block_ids))
     frame = Frame(FrameType.PART, first, len(block_ids), len(places), block_hash)
     connection.send([frame.pack(), places])
     # While the receiver copies.
     send_crc(connection, crc32c([memory.view(block_id) for block_id in block_ids]))
-    return len(block_ids) * block_bytes
+    return len(block_ids) * memory.block_bytes
 
 
 def receive_places(connection: Connection, frame: Frame, block_bytes: int, memory_bytes: int) -> tuple[int, ...]:

@@ -13,13 +13,17 @@ from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
 from pdmesh.errors import MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
+from pdmesh.types import BlockRun
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What is to come: the KV that `block_hashes` name, into `block_ids`, from one process for one attempt."""
+    """What is to come: the KV that `block_hashes` name, into `block_ids`, from one process for one attempt.
+
+    `run` says which bytes of each block; None: all.
+    """
 
     request_id: str
     epoch: int
@@ -27,6 +31,7 @@ class Expected:
     sender_incarnation: str
     block_ids: Sequence[int]
     block_hashes: Sequence[BlockHash]
+    run: BlockRun | None = None
 
 
 class Receipt:
@@ -63,6 +68,7 @@ class Receipt:
                 expected.block_ids,
                 expected.block_hashes,
                 transport,
+                expected.run,
             ) as incoming:
                 self._number, self._incoming = number, incoming
                 await grant(number, incoming.grant)

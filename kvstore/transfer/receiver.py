@@ -6,20 +6,21 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, TransferStats, TransportOffer
+from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, SlicedMemory, TransferStats, TransportOffer
 from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
 from kvstore.transfer.journal import TransferEntry, TransferJournal
 from kvstore.transfer.nixl import NixlReceiver
-from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmReceiver, host_id
 from kvstore.transfer.states import TransferState
 from kvstore.transfer.tcp import TcpReceiver
 from kvstore.transfer.tickets import Incoming, TicketTable
+from kvstore.transfer.transports import HAS_NIXL
 from pdmesh.errors import MeshError, PreconditionError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
 from pdmesh.tasks import settled
 from pdmesh.transfers import Direction, Outcome
+from pdmesh.types import BlockRun
 
 
 class ReceiverHub:
@@ -49,13 +50,13 @@ class ReceiverHub:
         self._receivers: dict[str, KVReceiver] = {}
         for name in transports:
             if name == "shm" and host_id():
-                self._receivers[name] = ShmReceiver(memory, self._tickets)
-            elif name == "nixl" and is_installed():
+                self._receivers[name] = ShmReceiver(self._tickets)
+            elif name == "nixl" and HAS_NIXL:
                 self._receivers[name] = NixlReceiver(memory, self._tickets, host, advertise)
             elif name == "tcp":
-                self._receivers[name] = TcpReceiver(memory, self._tickets, host, advertise)
+                self._receivers[name] = TcpReceiver(self._tickets, host, advertise)
             elif name == "grpc":
-                receiver = GrpcReceiver(memory, self._tickets, lambda: server.address)
+                receiver = GrpcReceiver(self._tickets, lambda: server.address)
                 server.add(GrpcReceiver.add_to_server, receiver, SERVICE)
                 self._receivers[name] = receiver
 
@@ -93,8 +94,11 @@ class ReceiverHub:
         block_ids: Sequence[int],
         block_hashes: Sequence[BlockHash],
         transport: str,
+        run: BlockRun | None = None,
     ) -> "IncomingTransfer":
         """Issues a ticket for `block_ids`, all different, which are to hold the KV that `block_hashes` name.
+
+        With `run`, only those bytes of each block are awaited.
 
         Raises PreconditionError for a transport not offered.
         """
@@ -112,12 +116,15 @@ class ReceiverHub:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(ended.set)
 
-        block_bytes = self._memory.block_bytes
+        memory = self._memory
+        if run is not None and run.num_bytes != memory.block_bytes:
+            memory = SlicedMemory(memory, run)
+        block_bytes = memory.block_bytes
         entry = self._journal.begin(
             Direction.RECEIVING, request_id, sender_id, transport, len(block_ids), len(block_ids) * block_bytes
         )
         incoming = Incoming(
-            request_id, epoch, sender_incarnation, block_ids, block_hashes, block_bytes, entry.first_byte, on_end
+            request_id, epoch, sender_incarnation, block_ids, block_hashes, memory, entry.first_byte, on_end
         )
         grant = Grant(incoming.ticket, epoch, transport, self._receivers[transport].address)
         return IncomingTransfer(self._tickets, incoming, ended, grant, entry)

@@ -11,15 +11,12 @@ from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransportOffer
 from kvstore.transfer.grpc_transport import GrpcSender
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.nixl import NixlLink
-from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmLink, why_unreachable
 from kvstore.transfer.socket_sender import ConnectionPool, Link, SocketSender
 from kvstore.transfer.tcp import TcpLink
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.errors import MeshError, PreconditionError
 
-# Every transport of this installation, best first. nixl after tcp: it is slower within a host (2.3 against 2.8 GiB/s),
-# and a sixth as fast where it has nothing but TCP (0.5 against 2.8); who has RDMA names it first.
-TRANSPORTS = ("shm", "tcp", *(("nixl",) if is_installed() else ()), "grpc")
 # In which a receiver must answer, or its transport counts as one that does not reach it, for a while.
 NEGOTIATION_TIMEOUT_S = 1.0
 UNREACHABLE_S = 10.0
@@ -88,8 +85,11 @@ class KVSenders:
         self.journal.note_choice(receiver_id, usable[0], reasons or "the best on offer")
         return Negotiation(tuple(usable), unusable)
 
-    def sender(self, grant: Grant, request_id: str) -> KVSender:
-        """A sender for one grant. Raises PreconditionError for a transport that is not ours."""
+    def sender(self, grant: Grant, request_id: str, memory: BlockMemory | None = None) -> KVSender:
+        """A sender for one grant, of whole blocks, or of a slice of them: `memory`.
+
+        Raises PreconditionError for a transport that is not ours.
+        """
         if reason := self._why_not(TransportOffer(grant.transport, grant.address)):
             raise PreconditionError(
                 f"transport {grant.transport!r} cannot be used: {reason}",
@@ -98,8 +98,10 @@ class KVSenders:
             )
         pool = self._pool(grant.transport)
         if pool is not None:
-            return SocketSender(grant, request_id, self._incarnation, pool)
-        return GrpcSender(self._memory, grant, request_id, self._incarnation, self._channel_for(grant.address))
+            return SocketSender(memory or self._memory, grant, request_id, self._incarnation, pool)
+        return GrpcSender(
+            memory or self._memory, grant, request_id, self._incarnation, self._channel_for(grant.address)
+        )
 
     async def aclose(self) -> None:
         """Closes pooled connections and ends the threads; every sender is to be closed before."""
@@ -147,5 +149,5 @@ class KVSenders:
     def _link(self, transport: str) -> Link:
         file = self._memory.file
         if transport == "tcp" or file is None:
-            return TcpLink(self._memory)
-        return ShmLink(self._memory, file) if transport == "shm" else NixlLink(self._memory, file)
+            return TcpLink()
+        return ShmLink(file) if transport == "shm" else NixlLink(self._memory, file)

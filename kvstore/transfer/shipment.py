@@ -166,7 +166,7 @@ class Shipment:
             Direction.SENDING, self._request_id, self._receiver_id, grant.transport, num_blocks,
             num_blocks * self._memory.block_bytes,
         )  # fmt: skip
-        self._sender = self._senders.sender(grant, self._request_id)
+        self._sender = self._senders.sender(grant, self._request_id, self._memory)
         await self._sender.open()
 
     async def _send(self, first: int, end: int) -> None:

@@ -60,9 +60,9 @@ def why_unreachable(address: str) -> str:
 class ShmReceiver:
     """Implements KVReceiver. Its address: host_id/name, the name being an abstract Unix socket's."""
 
-    def __init__(self, memory: BlockMemory, tickets: TicketTable) -> None:
+    def __init__(self, tickets: TicketTable) -> None:
         self._name = secrets.token_hex(8)
-        self._sockets = SocketReceiver("shm", tickets, self._bind, lambda connection: _ShmTaker(connection, memory))
+        self._sockets = SocketReceiver("shm", tickets, self._bind, _ShmTaker)
 
     @property
     def address(self) -> str:
@@ -83,9 +83,8 @@ class ShmReceiver:
 class _ShmTaker:
     """Copies blocks out of the memory that one sender lent, which stays mapped as long as its connection."""
 
-    def __init__(self, connection: Connection, memory: BlockMemory) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._memory = memory
         self._map: mmap.mmap | None = None
         self._lent: np.ndarray[tuple[int], np.dtype[np.uint8]] | None = None
 
@@ -114,13 +113,13 @@ class _ShmTaker:
         return True
 
     def take(self, incoming: Incoming, frame: Frame) -> None:
-        block_bytes = self._memory.block_bytes
+        block_bytes = incoming.memory.block_bytes
         assert self._lent is not None, "begin comes first"
         places = receive_places(self._connection, frame, block_bytes, len(self._lent))
         with incoming.writing(frame.first, 0, frame.count * block_bytes, frame.block_hash):
             crc = 0
             for place, block_id in zip(places, incoming.block_ids[frame.first :], strict=False):
-                view = self._memory.view(block_id)
+                view = incoming.memory.view(block_id)
                 np.copyto(np.frombuffer(view, np.uint8), self._lent[place : place + block_bytes])
                 # While the copy is in the processor's cache.
                 crc = crc32c([view], crc)
@@ -133,15 +132,13 @@ class _ShmTaker:
 
 
 class ShmLink:
-    """Implements socket_sender.Link: lends `file`, in which the blocks of `memory` lie one after the other."""
+    """Implements socket_sender.Link: lends `file`, in which the blocks lie."""
 
-    def __init__(self, memory: BlockMemory, file: MemoryFile) -> None:
-        self._memory = memory
+    def __init__(self, file: MemoryFile) -> None:
         self._file = file
 
-    @property
-    def blocks_per_part(self) -> int:
-        return blocks_per_part(self._memory.block_bytes, TARGET_PART_BYTES)
+    def blocks_per_part(self, block_bytes: int) -> int:
+        return blocks_per_part(block_bytes, TARGET_PART_BYTES)
 
     async def connect(self, address: str) -> Connection:
         reason = why_unreachable(address)
@@ -165,5 +162,12 @@ class ShmLink:
                 f"cannot reach {address} for KV: {error}", reason="RECEIVER_LOST", stage="transfer"
             ) from error
 
-    def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        return send_places(connection, self._memory, first, block_ids, block_hash)
+    def send_part(
+        self,
+        connection: Connection,
+        memory: BlockMemory,
+        first: int,
+        block_ids: Sequence[int],
+        block_hash: BlockHash,
+    ) -> int:
+        return send_places(connection, memory, first, block_ids, block_hash)

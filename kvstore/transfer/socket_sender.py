@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from kvstore.transfer.base import Grant, TransferStats
+from kvstore.transfer.base import BlockMemory, Grant, TransferStats
 from kvstore.transfer.connection import Connection
 from kvstore.transfer.frames import Frame, FrameType, parse_nack
 from pdmesh.errors import CorruptionError, UnavailableError
@@ -30,12 +30,21 @@ class Link(Protocol):
         """A new connection, ready for its first transfer. Raises UnavailableError."""
         ...
 
-    def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        """Sends a PART, on a thread that may block. Returns the bytes of its blocks; raises OSError."""
+    def send_part(
+        self,
+        connection: Connection,
+        memory: BlockMemory,
+        first: int,
+        block_ids: Sequence[int],
+        block_hash: BlockHash,
+    ) -> int:
+        """Sends a PART, on a thread that may block. Returns the bytes of its blocks; raises OSError.
+
+        `memory` is the link's, or a slice of it.
+        """
         ...
 
-    @property
-    def blocks_per_part(self) -> int: ...
+    def blocks_per_part(self, block_bytes: int) -> int: ...
 
 
 class ConnectionPool:
@@ -93,7 +102,10 @@ class ConnectionPool:
 class SocketSender:
     """See base.KVSender. What blocks on the socket runs on one of the pool's threads."""
 
-    def __init__(self, grant: Grant, request_id: str, incarnation: str, pool: ConnectionPool) -> None:
+    def __init__(
+        self, memory: BlockMemory, grant: Grant, request_id: str, incarnation: str, pool: ConnectionPool
+    ) -> None:
+        self._memory = memory
         self._address = grant.address
         self._pool = pool
         opening = pb.PushOpen(
@@ -165,7 +177,7 @@ class SocketSender:
     def _send(
         self, connection: Connection, first_index: int, block_ids: Sequence[int], block_hashes: Sequence[BlockHash]
     ) -> None:
-        step = self._pool.link.blocks_per_part
+        step = self._pool.link.blocks_per_part(self._memory.block_bytes)
         for start in range(0, len(block_ids), step):
             part = block_ids[start : start + step]
             with self._telling(connection):
@@ -173,7 +185,7 @@ class SocketSender:
                     # The receiver speaks before the end only to refuse.
                     self._receive_ack(connection)
                 self._num_bytes += self._pool.link.send_part(
-                    connection, first_index + start, part, block_hashes[start + len(part) - 1]
+                    connection, self._memory, first_index + start, part, block_hashes[start + len(part) - 1]
                 )
             self._num_parts += 1
 

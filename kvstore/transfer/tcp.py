@@ -30,11 +30,9 @@ _TRAILER = struct.Struct("<I")
 class TcpReceiver:
     """Implements KVReceiver. Listens at `host`, on a port of the system's choice, and tells senders `advertise`."""
 
-    def __init__(self, memory: BlockMemory, tickets: TicketTable, host: str, advertise: str) -> None:
+    def __init__(self, tickets: TicketTable, host: str, advertise: str) -> None:
         self._advertise = advertise
-        self._sockets = SocketReceiver(
-            "tcp", tickets, lambda: bind_tcp(host), lambda connection: _TcpTaker(connection, memory)
-        )
+        self._sockets = SocketReceiver("tcp", tickets, lambda: bind_tcp(host), _TcpTaker)
 
     @property
     def address(self) -> str:
@@ -50,18 +48,18 @@ class TcpReceiver:
 class _TcpTaker:
     """Receives the bytes of parts into their blocks."""
 
-    def __init__(self, connection: Connection, memory: BlockMemory) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._memory = memory
 
     def begin(self) -> bool:
         return True
 
     def take(self, incoming: Incoming, frame: Frame) -> None:
-        num_bytes = check_part(frame, self._memory.block_bytes, body_bytes=frame.count * self._memory.block_bytes)
+        block_bytes = incoming.memory.block_bytes
+        num_bytes = check_part(frame, block_bytes, body_bytes=frame.count * block_bytes)
         with incoming.writing(frame.first, 0, num_bytes, frame.block_hash):
             crc = 0
-            for views in _pieces(self._memory, incoming.block_ids[frame.first :][: frame.count]):
+            for views in _pieces(incoming.memory, incoming.block_ids[frame.first :][: frame.count]):
                 self._connection.receive(views)
                 crc = crc32c(views, crc)
             check_crc(self._connection, frame, crc)
@@ -130,19 +128,22 @@ def check_crc(connection: Connection, frame: Frame, crc: int) -> None:
 class TcpLink:
     """Implements socket_sender.Link."""
 
-    def __init__(self, memory: BlockMemory) -> None:
-        self._memory = memory
-
-    @property
-    def blocks_per_part(self) -> int:
-        return max(1, min(MAX_PIECES - 1, TARGET_PART_BYTES // self._memory.block_bytes))
+    def blocks_per_part(self, block_bytes: int) -> int:
+        return max(1, min(MAX_PIECES - 1, TARGET_PART_BYTES // block_bytes))
 
     async def connect(self, address: str) -> Connection:
         return await connect_tcp(address)
 
-    def send_part(self, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash) -> int:
-        num_bytes = len(block_ids) * self._memory.block_bytes
-        views = [self._memory.view(block_id) for block_id in block_ids]
+    def send_part(
+        self,
+        connection: Connection,
+        memory: BlockMemory,
+        first: int,
+        block_ids: Sequence[int],
+        block_hash: BlockHash,
+    ) -> int:
+        num_bytes = len(block_ids) * memory.block_bytes
+        views = [memory.view(block_id) for block_id in block_ids]
         frame = Frame(FrameType.PART, first, len(views), num_bytes, block_hash)
         connection.send([frame.pack(), *views])
         # While the receiver takes in what the socket still holds.

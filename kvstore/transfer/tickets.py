@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from kvstore.transfer.base import BlockMemory
 from kvstore.transfer.states import (
     LEASE_S,
     Abort,
@@ -45,7 +46,7 @@ class Incoming:
         sender_incarnation: The one process that may redeem it.
         block_ids: Where the blocks go, by their place in the ticket.
         block_hashes: Identity of each.
-        block_bytes: Size of each.
+        memory: In which the blocks, or the slices of them that are awaited, lie.
         on_begin: Called once, from any thread, when the ticket is redeemed.
         on_end: Called once, from any thread, when it is DONE or FAILED.
         clock: Seconds, monotonic.
@@ -58,7 +59,7 @@ class Incoming:
         sender_incarnation: str,
         block_ids: Sequence[int],
         block_hashes: Sequence[BlockHash],
-        block_bytes: int,
+        memory: BlockMemory,
         on_begin: Callable[[], None],
         on_end: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -67,9 +68,10 @@ class Incoming:
         assert len(block_hashes) == len(block_ids)
         self.ticket = secrets.token_bytes(TICKET_BYTES)
         self.block_ids = tuple(block_ids)
+        self.memory = memory
         self._clock = clock
         self._now = Receiving(
-            request_id, epoch, sender_incarnation, tuple(block_hashes), block_bytes, expires_at=clock() + LEASE_S
+            request_id, epoch, sender_incarnation, tuple(block_hashes), memory.block_bytes, expires_at=clock() + LEASE_S
         )
         self._on_begin = on_begin
         self._on_end = on_end

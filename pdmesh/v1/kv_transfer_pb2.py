@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdmesh/v1/kv_transfer.proto\x12\tpdmesh.v1\"\x87\x01\n\x0bPushRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.PushOpenH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.KVPartH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.pdmesh.v1.PushFinishH\x00\x42\x07\n\x05\x65vent\"Y\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12sender_incarnation\x18\x04 \x01(\t\"h\n\x06KVPart\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x12\n\nblock_hash\x18\x04 \x01(\x0c\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\"2\n\nPushFinish\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"4\n\x0cPushResponse\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"/\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"b\n\rTransferGrant\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\r\"G\n\x0eTransferFailed\x12\x14\n\x0cgrant_number\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x0b\n\tHeartbeat2G\n\nKVTransfer\x12\x39\n\x04Push\x12\x16.pdmesh.v1.PushRequest\x1a\x17.pdmesh.v1.PushResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpdmesh/v1/kv_transfer.proto\x12\tpdmesh.v1\"\x87\x01\n\x0bPushRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.PushOpenH\x00\x12!\n\x04part\x18\x02 \x01(\x0b\x32\x11.pdmesh.v1.KVPartH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.pdmesh.v1.PushFinishH\x00\x42\x07\n\x05\x65vent\"Y\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12sender_incarnation\x18\x04 \x01(\t\"h\n\x06KVPart\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x63rc32c\x18\x03 \x01(\x07\x12\x12\n\nblock_hash\x18\x04 \x01(\x0c\x12\x0f\n\x07payload\x18\x05 \x01(\x0c\"2\n\nPushFinish\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"4\n\x0cPushResponse\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"/\n\x0eTransportOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"3\n\x08\x42lockRun\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"Z\n\nKVReceiver\x12!\n\x04runs\x18\x01 \x03(\x0b\x32\x13.pdmesh.v1.BlockRun\x12)\n\x06offers\x18\x02 \x03(\x0b\x32\x19.pdmesh.v1.TransportOffer\"\xb4\x01\n\x06KVFlow\x12\x10\n\x08receiver\x18\x01 \x01(\r\x12 \n\x03run\x18\x02 \x01(\x0b\x32\x13.pdmesh.v1.BlockRun\x12\x12\n\ntransports\x18\x03 \x03(\t\x12\x31\n\x08unusable\x18\x04 \x03(\x0b\x32\x1f.pdmesh.v1.KVFlow.UnusableEntry\x1a/\n\rUnusableEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\rTransferGrant\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06number\x18\x05 \x01(\r\x12\x0c\n\x04\x66low\x18\x06 \x01(\r\"U\n\x0eTransferFailed\x12\x14\n\x0cgrant_number\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0c\n\x04\x66low\x18\x04 \x01(\r\"\x0b\n\tHeartbeat2G\n\nKVTransfer\x12\x39\n\x04Push\x12\x16.pdmesh.v1.PushRequest\x1a\x17.pdmesh.v1.PushResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdmesh.v1.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_KVFLOW_UNUSABLEENTRY']._loaded_options = None
+  _globals['_KVFLOW_UNUSABLEENTRY']._serialized_options = b'8\001'
   _globals['_PUSHREQUEST']._serialized_start=43
   _globals['_PUSHREQUEST']._serialized_end=178
   _globals['_PUSHOPEN']._serialized_start=180
@@ -43,12 +45,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUSHRESPONSE']._serialized_end=481
   _globals['_TRANSPORTOFFER']._serialized_start=483
   _globals['_TRANSPORTOFFER']._serialized_end=530
-  _globals['_TRANSFERGRANT']._serialized_start=532
-  _globals['_TRANSFERGRANT']._serialized_end=630
-  _globals['_TRANSFERFAILED']._serialized_start=632
-  _globals['_TRANSFERFAILED']._serialized_end=703
-  _globals['_HEARTBEAT']._serialized_start=705
-  _globals['_HEARTBEAT']._serialized_end=716
-  _globals['_KVTRANSFER']._serialized_start=718
-  _globals['_KVTRANSFER']._serialized_end=789
+  _globals['_BLOCKRUN']._serialized_start=532
+  _globals['_BLOCKRUN']._serialized_end=583
+  _globals['_KVRECEIVER']._serialized_start=585
+  _globals['_KVRECEIVER']._serialized_end=675
+  _globals['_KVFLOW']._serialized_start=678
+  _globals['_KVFLOW']._serialized_end=858
+  _globals['_KVFLOW_UNUSABLEENTRY']._serialized_start=811
+  _globals['_KVFLOW_UNUSABLEENTRY']._serialized_end=858
+  _globals['_TRANSFERGRANT']._serialized_start=860
+  _globals['_TRANSFERGRANT']._serialized_end=972
+  _globals['_TRANSFERFAILED']._serialized_start=974
+  _globals['_TRANSFERFAILED']._serialized_end=1059
+  _globals['_HEARTBEAT']._serialized_start=1061
+  _globals['_HEARTBEAT']._serialized_end=1072
+  _globals['_KVTRANSFER']._serialized_start=1074
+  _globals['_KVTRANSFER']._serialized_end=1145
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,10 @@
 isort:skip_file
 How KV blocks pass between two processes: what both sides agree on, and the transport that works wherever gRPC does."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -182,6 +184,118 @@ class TransportOffer(_message.Message):
 Global___TransportOffer: _TypeAlias = TransportOffer  # noqa: Y015
 
 @_typing.final
+class BlockRun(_message.Message):
+    """Consecutive bytes of every block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    offset_bytes: _builtins.int
+    num_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        offset_bytes: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockRun: _TypeAlias = BlockRun  # noqa: Y015
+
+@_typing.final
+class KVReceiver(_message.Message):
+    """A node of the receiving worker: its ranks may be on several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRun]:
+        """What its memory holds of each block."""
+
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TransportOffer]:
+        """Best first."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___BlockRun] | None = ...,
+        offers: _abc.Iterable[Global___TransportOffer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offers", b"offers", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KVReceiver: _TypeAlias = KVReceiver  # noqa: Y015
+
+@_typing.final
+class KVFlow(_message.Message):
+    """What travels from one node of the sender to one of the receiver. All flows together bring every byte once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnusableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
+    UNUSABLE_FIELD_NUMBER: _builtins.int
+    receiver: _builtins.int
+    """By its place in RunStart."""
+    @_builtins.property
+    def run(self) -> Global___BlockRun: ...
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of the receiver's offers that the sending node can use, in the order offered."""
+
+    @_builtins.property
+    def unusable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Why it cannot use the others, by name."""
+
+    def __init__(
+        self,
+        *,
+        receiver: _builtins.int = ...,
+        run: Global___BlockRun | None = ...,
+        transports: _abc.Iterable[_builtins.str] | None = ...,
+        unusable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receiver", b"receiver", "run", b"run", "transports", b"transports", "unusable", b"unusable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KVFlow: _TypeAlias = KVFlow  # noqa: Y015
+
+@_typing.final
 class TransferGrant(_message.Message):
     """Leave to write the prompt's blocks, once: bound to request, attempt and both incarnations. A later grant takes the
     place of the one before.
@@ -194,6 +308,7 @@ class TransferGrant(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    FLOW_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 random bytes."""
     epoch: _builtins.int
@@ -201,7 +316,9 @@ class TransferGrant(_message.Message):
     address: _builtins.str
     """As offered."""
     number: _builtins.int
-    """Counts the grants of this stream from 0."""
+    """Counts the flow's grants from 0."""
+    flow: _builtins.int
+    """By its place in RunStarted; 0 where blocks travel whole."""
     def __init__(
         self,
         *,
@@ -210,10 +327,11 @@ class TransferGrant(_message.Message):
         transport: _builtins.str = ...,
         address: _builtins.str = ...,
         number: _builtins.int = ...,
+        flow: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "number", b"number", "ticket", b"ticket", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "flow", b"flow", "number", b"number", "ticket", b"ticket", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,19 +346,22 @@ class TransferFailed(_message.Message):
     GRANT_NUMBER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    FLOW_FIELD_NUMBER: _builtins.int
     grant_number: _builtins.int
     reason: _builtins.str
     message: _builtins.str
+    flow: _builtins.int
     def __init__(
         self,
         *,
         grant_number: _builtins.int = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        flow: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_number", b"grant_number", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flow", b"flow", "grant_number", b"grant_number", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

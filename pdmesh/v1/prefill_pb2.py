@@ -26,29 +26,25 @@ from pdmesh.v1 import common_pb2 as pdmesh_dot_v1_dot_common__pb2
 from pdmesh.v1 import kv_transfer_pb2 as pdmesh_dot_v1_dot_kv__transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdmesh/v1/prefill.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\x1a\x1bpdmesh/v1/kv_transfer.proto\"\x91\x01\n\nRunRequest\x12$\n\x05start\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.RunStartH\x00\x12)\n\x05grant\x18\x02 \x01(\x0b\x32\x18.pdmesh.v1.TransferGrantH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.pdmesh.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"\xbd\x03\n\x08RunStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x17\n\x0fnum_held_blocks\x18\x08 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\t \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\n \x01(\t\x12\x1c\n\x14\x65xpected_incarnation\x18\x0b \x01(\t\x12&\n\x05\x66\x61\x63ts\x18\x0c \x01(\x0b\x32\x17.pdmesh.v1.PairingFacts\x12)\n\x06offers\x18\r \x03(\x0b\x32\x19.pdmesh.v1.TransportOffer\x12\x18\n\x10\x63ompletion_index\x18\x0e \x01(\r\x12$\n\x07sources\x18\x0f \x03(\x0b\x32\x13.pdmesh.v1.KVSource\"\xfb\x01\n\x0bRunResponse\x12(\n\x07started\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.RunStartedH\x00\x12,\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x15.pdmesh.v1.FirstTokenH\x00\x12*\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x16.pdmesh.v1.RunCompleteH\x00\x12\x34\n\x0ftransfer_failed\x18\x04 \x01(\x0b\x32\x19.pdmesh.v1.TransferFailedH\x00\x12)\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.pdmesh.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\nRunStarted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x12\n\ntransports\x18\x04 \x03(\t\x12\x35\n\x08unusable\x18\x05 \x03(\x0b\x32#.pdmesh.v1.RunStarted.UnusableEntry\x1a/\n\rUnusableEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x02\x10\x03\"\x8d\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12(\n\x07logprob\x18\x02 \x01(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\"F\n\x0bRunComplete\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x11\n\tnum_parts\x18\x02 \x01(\r\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x32\x43\n\x07Prefill\x12\x38\n\x03Run\x12\x15.pdmesh.v1.RunRequest\x1a\x16.pdmesh.v1.RunResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17pdmesh/v1/prefill.proto\x12\tpdmesh.v1\x1a\x16pdmesh/v1/common.proto\x1a\x1bpdmesh/v1/kv_transfer.proto\"\x91\x01\n\nRunRequest\x12$\n\x05start\x18\x01 \x01(\x0b\x32\x13.pdmesh.v1.RunStartH\x00\x12)\n\x05grant\x18\x02 \x01(\x0b\x32\x18.pdmesh.v1.TransferGrantH\x00\x12)\n\theartbeat\x18\x03 \x01(\x0b\x32\x14.pdmesh.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"\xc2\x03\n\x08RunStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x18\n\x10output_token_ids\x18\x04 \x03(\r\x12\x32\n\x0fsampling_params\x18\x05 \x01(\x0b\x32\x19.pdmesh.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x17\n\x0fnum_held_blocks\x18\x08 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\t \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\n \x01(\t\x12\x1c\n\x14\x65xpected_incarnation\x18\x0b \x01(\t\x12&\n\x05\x66\x61\x63ts\x18\x0c \x01(\x0b\x32\x17.pdmesh.v1.PairingFacts\x12\x18\n\x10\x63ompletion_index\x18\x0e \x01(\r\x12$\n\x07sources\x18\x0f \x03(\x0b\x32\x13.pdmesh.v1.KVSource\x12(\n\treceivers\x18\x10 \x03(\x0b\x32\x15.pdmesh.v1.KVReceiverJ\x04\x08\r\x10\x0e\"\xfb\x01\n\x0bRunResponse\x12(\n\x07started\x18\x01 \x01(\x0b\x32\x15.pdmesh.v1.RunStartedH\x00\x12,\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x15.pdmesh.v1.FirstTokenH\x00\x12*\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x16.pdmesh.v1.RunCompleteH\x00\x12\x34\n\x0ftransfer_failed\x18\x04 \x01(\x0b\x32\x19.pdmesh.v1.TransferFailedH\x00\x12)\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.pdmesh.v1.HeartbeatH\x00\x42\x07\n\x05\x65vent\"l\n\nRunStarted\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12 \n\x05\x66lows\x18\x06 \x03(\x0b\x32\x11.pdmesh.v1.KVFlowJ\x04\x08\x02\x10\x03J\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06\"\x8d\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12(\n\x07logprob\x18\x02 \x01(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x17.pdmesh.v1.TokenLogprob\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\"F\n\x0bRunComplete\x12\x10\n\x08kv_bytes\x18\x01 \x01(\x04\x12\x11\n\tnum_parts\x18\x02 \x01(\r\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x32\x43\n\x07Prefill\x12\x38\n\x03Run\x12\x15.pdmesh.v1.RunRequest\x1a\x16.pdmesh.v1.RunResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdmesh.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNSTARTED_UNUSABLEENTRY']._loaded_options = None
-  _globals['_RUNSTARTED_UNUSABLEENTRY']._serialized_options = b'8\001'
   _globals['_RUNREQUEST']._serialized_start=92
   _globals['_RUNREQUEST']._serialized_end=237
   _globals['_RUNSTART']._serialized_start=240
-  _globals['_RUNSTART']._serialized_end=685
-  _globals['_RUNRESPONSE']._serialized_start=688
-  _globals['_RUNRESPONSE']._serialized_end=939
-  _globals['_RUNSTARTED']._serialized_start=942
-  _globals['_RUNSTARTED']._serialized_end=1128
-  _globals['_RUNSTARTED_UNUSABLEENTRY']._serialized_start=1075
-  _globals['_RUNSTARTED_UNUSABLEENTRY']._serialized_end=1122
-  _globals['_FIRSTTOKEN']._serialized_start=1131
-  _globals['_FIRSTTOKEN']._serialized_end=1272
-  _globals['_RUNCOMPLETE']._serialized_start=1274
-  _globals['_RUNCOMPLETE']._serialized_end=1344
-  _globals['_PREFILL']._serialized_start=1346
-  _globals['_PREFILL']._serialized_end=1413
+  _globals['_RUNSTART']._serialized_end=690
+  _globals['_RUNRESPONSE']._serialized_start=693
+  _globals['_RUNRESPONSE']._serialized_end=944
+  _globals['_RUNSTARTED']._serialized_start=946
+  _globals['_RUNSTARTED']._serialized_end=1054
+  _globals['_FIRSTTOKEN']._serialized_start=1057
+  _globals['_FIRSTTOKEN']._serialized_end=1198
+  _globals['_RUNCOMPLETE']._serialized_start=1200
+  _globals['_RUNCOMPLETE']._serialized_end=1270
+  _globals['_PREFILL']._serialized_start=1272
+  _globals['_PREFILL']._serialized_end=1339
 # @@protoc_insertion_point(module_scope)

@@ -66,9 +66,9 @@ class RunStart(_message.Message):
     DECODE_INCARNATION_FIELD_NUMBER: _builtins.int
     EXPECTED_INCARNATION_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
-    OFFERS_FIELD_NUMBER: _builtins.int
     COMPLETION_INDEX_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    RECEIVERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Counts the hand-offs of this request: the epoch of its KV."""
@@ -95,12 +95,12 @@ class RunStart(_message.Message):
         """The decode worker's; compared before anything is computed."""
 
     @_builtins.property
-    def offers(self) -> _containers.RepeatedCompositeFieldContainer[_kv_transfer_pb2.TransportOffer]:
-        """What the decode worker can receive on, best first."""
-
-    @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.KVSource]:
         """Who else has a longer run of the prompt's blocks than this worker, best first; all can pair with it."""
+
+    @_builtins.property
+    def receivers(self) -> _containers.RepeatedCompositeFieldContainer[_kv_transfer_pb2.KVReceiver]:
+        """Where the decode worker's blocks lie; between them, they hold every byte of one."""
 
     def __init__(
         self,
@@ -117,13 +117,13 @@ class RunStart(_message.Message):
         decode_incarnation: _builtins.str = ...,
         expected_incarnation: _builtins.str = ...,
         facts: _common_pb2.PairingFacts | None = ...,
-        offers: _abc.Iterable[_kv_transfer_pb2.TransportOffer] | None = ...,
         completion_index: _builtins.int = ...,
         sources: _abc.Iterable[_common_pb2.KVSource] | None = ...,
+        receivers: _abc.Iterable[_kv_transfer_pb2.KVReceiver] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "sampling_params", b"sampling_params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "offers", b"offers", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling_params", b"sampling_params", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "completion_index", b"completion_index", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "expected_incarnation", b"expected_incarnation", "facts", b"facts", "num_held_blocks", b"num_held_blocks", "output_token_ids", b"output_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "receivers", b"receivers", "request_id", b"request_id", "sampling_params", b"sampling_params", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,51 +171,23 @@ Global___RunResponse: _TypeAlias = RunResponse  # noqa: Y015
 class RunStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class UnusableEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.str
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.str = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
-    TRANSPORTS_FIELD_NUMBER: _builtins.int
-    UNUSABLE_FIELD_NUMBER: _builtins.int
+    FLOWS_FIELD_NUMBER: _builtins.int
     num_cached_tokens: _builtins.int
     queue_s: _builtins.float
     @_builtins.property
-    def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Those of RunStart.offers that this side can use, in the order offered."""
-
-    @_builtins.property
-    def unusable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Why it cannot use the others, by name."""
-
+    def flows(self) -> _containers.RepeatedCompositeFieldContainer[_kv_transfer_pb2.KVFlow]: ...
     def __init__(
         self,
         *,
         num_cached_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
-        transports: _abc.Iterable[_builtins.str] | None = ...,
-        unusable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        flows: _abc.Iterable[_kv_transfer_pb2.KVFlow] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s", "transports", b"transports", "unusable", b"unusable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flows", b"flows", "num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.transfer.base import BlockMemory
 from kvstore.transfer.connection import Connection
 from kvstore.transfer.shm import ShmLink
 from kvstore.transfer.tcp import TcpLink
@@ -28,17 +29,22 @@ class Breaking:
         send_part = link.send_part
 
         def sabotaged(
-            this: ShmLink | TcpLink, connection: Connection, first: int, block_ids: Sequence[int], block_hash: BlockHash
+            this: ShmLink | TcpLink,
+            connection: Connection,
+            memory: BlockMemory,
+            first: int,
+            block_ids: Sequence[int],
+            block_hash: BlockHash,
         ) -> int:
             self._num_parts += 1
             if self._num_parts == at:
                 self._num_parts = 0
                 self.num_broken += 1
                 connection.shut()
-            return send_part(this, connection, first, block_ids, block_hash)  # type: ignore[arg-type]
+            return send_part(this, connection, memory, first, block_ids, block_hash)  # type: ignore[arg-type]
 
         monkeypatch.setattr(link, "send_part", sabotaged)
-        monkeypatch.setattr(link, "blocks_per_part", 4)
+        monkeypatch.setattr(link, "blocks_per_part", lambda this, block_bytes: 4)
 
 
 async def expected(model: Path) -> tuple[int, ...]:

@@ -26,12 +26,11 @@ constexpr int kWordsPerLine = 16;
 // costs as little as spinning where nobody else wants the core, and after some milliseconds sleeps.
 inline bool wait_for(const Word& word, uint32_t value, const Word& given_up) {
   for (int spins = 0; int32_t(word.load(std::memory_order_acquire) - value) < 0; ++spins) {
-    if (spins < 1000) {
+    if (spins % 256 == 255 && given_up.load(std::memory_order_relaxed)) return false;
+    if (spins < 1000)
       _mm_pause();
-    } else {
-      if (given_up.load(std::memory_order_relaxed)) return false;
+    else
       spins < 10000 ? void(sched_yield()) : void(usleep(50));
-    }
   }
   return true;
 }

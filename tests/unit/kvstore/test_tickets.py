@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.transfer.states import LEASE_S, TransferState
 from kvstore.transfer.tickets import Incoming, TicketTable
 from pdmesh.errors import CorruptionError, MeshError, TicketError, UnavailableError
-from tests.kv_endpoints import hash_of, hashes
+from tests.kv_endpoints import BytesMemory, hash_of, hashes
 
 BLOCK_BYTES = 12
 NUM_BLOCKS = 3
@@ -23,7 +23,17 @@ def make_incoming(
     clock: Callable[[], float] = lambda: 0.0,
 ) -> Incoming:
     block_ids = range(10, 10 + num_blocks)
-    return Incoming("request", 1, "sender", block_ids, hashes(num_blocks), BLOCK_BYTES, nothing, on_end, clock)
+    return Incoming(
+        "request",
+        1,
+        "sender",
+        block_ids,
+        hashes(num_blocks),
+        BytesMemory(10 + num_blocks, BLOCK_BYTES),
+        nothing,
+        on_end,
+        clock,
+    )
 
 
 def redeem(incoming: Incoming) -> None:
