@@ -11,10 +11,10 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kvstore.transfer.senders import TRANSPORTS
-from pdmesh.config import ENV_PREFIX, fail
+from pdmesh.config import ENV_PREFIX
 from pdmesh.errors import ConfigError, MeshError
 from pdmesh.ranks.control import RankControl
 from pdmesh.ranks.place import RankPlace
@@ -77,7 +77,12 @@ def _run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService,
     # Before the event loop, which it reaches as soon as there is one.
     engine = LocalEngine(config.engine, group=group)
     control = RankControl(place.control_fd, engine.give_up)
-    run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s)
+    run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s, refuse=_refuse)
+
+
+def _refuse(message: str) -> NoReturn:
+    # The supervisor was told, and prints it: several ranks may have found the same.
+    raise SystemExit(2)
 
 
 class _Leader:
@@ -91,7 +96,7 @@ class _Leader:
         try:
             await self._service.start()
         except MeshError as error:
-            self._control.failed(error.message, fatal=isinstance(error, ConfigError))
+            self._failed(error)
             raise
         self._control.ready()
 
@@ -99,8 +104,11 @@ class _Leader:
         try:
             await self._service.drain_asked()
         except MeshError as error:
-            self._control.failed(error.message, fatal=False)
+            self._failed(error)
             raise
+
+    def _failed(self, error: MeshError) -> None:
+        self._control.failed(error.message, fatal=isinstance(error, ConfigError))
 
     async def drain(self) -> None:
         await self._service.drain()
@@ -125,7 +133,7 @@ def _follow(config: WorkerConfig, group: "RankGroup", transports: tuple[str, ...
         )
     except ConfigError as error:
         control.failed(error.message, fatal=True)
-        fail(error.message)
+        _refuse(error.message)
     except Exception as error:
         message = error.message if isinstance(error, MeshError) else f"{type(error).__name__}: {error}"
         log.exception("rank %d cannot go on", group.place.rank)
