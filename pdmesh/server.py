@@ -12,7 +12,7 @@ import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import grpc
 import uvloop
@@ -51,7 +51,7 @@ class Service(Protocol):
         ...
 
 
-def run(make_service: Callable[[], Service], *, drain_s: float, refuse: Callable[[str], NoReturn] = fail) -> None:
+def run(make_service: Callable[[], Service], *, drain_s: float, refuse: Callable[[str], None] = fail) -> None:
     """Runs a service until a signal ends it. Exit code 0 after a drain, 1 where it cannot go on, 2 for a ConfigError.
 
     `refuse` ends the process with the message of a ConfigError.

@@ -4,15 +4,17 @@ Nobody waits for it: a stream goes on at another worker with the same tokens, or
 """
 
 import asyncio
+import logging
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from pdmesh.errors import RANK_LOST, MeshError, UnavailableError
 from pdmesh.generation import GenerationResult
@@ -24,13 +26,14 @@ from tests.tiny_models import VOCAB_SIZE, make_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
+log = logging.getLogger(__name__)
+
 # From the fault to the end of every rank. Want of memory shows at the next allocation, and takes a while to.
 DOWN_S = {Fault.KILL: 2.0, Fault.STOP: 3.0, Fault.NO_MEMORY: 5.0}
 # In which a client hears of it.
 TOLD_S = {Fault.KILL: 2.0, Fault.STOP: 3.0, Fault.NO_MEMORY: 5.0}
 START_S = 40.0
 NUM_STREAMS = 4
-ROLES = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -110,24 +113,17 @@ async def _hungry(mesh: ProcessMesh) -> None:
         assert isinstance(result, GenerationResult | MeshError), result
 
 
-CI = [("decode", 1, Fault.KILL), ("decode", 0, Fault.STOP), ("prefill", 1, Fault.STOP)]
-TABLE = [
-    pytest.param(role, rank, fault, marks=() if (role, rank, fault) in CI else pytest.mark.slow)
-    for role in ROLES
-    for rank in (0, 1)
-    for fault in Fault
-]
+Case = tuple[str, int, Fault]
 
 
-@pytest.mark.parametrize(("role", "rank", "fault"), TABLE)
-async def test_the_only_group_of_its_role(
-    model: Path,
-    tmp_path: Path,
-    role: str,
-    rank: int,
-    fault: Fault,
-    record_property: Callable[[str, object], None],
-) -> None:
+def _table(*quick: Case) -> list[ParameterSet]:
+    """All cases; all but those that are `quick` are slow."""
+    cases = [(role, rank, fault) for role in ("decode", "prefill") for rank in (0, 1) for fault in Fault]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(("role", "rank", "fault"), _table(("decode", 1, Fault.KILL)))
+async def test_the_only_group_of_its_role(model: Path, tmp_path: Path, role: str, rank: int, fault: Fault) -> None:
     async with _mesh(model, tmp_path, role, fault) as mesh:
         requests = await Requests.learn(mesh)
         group = await RunningGroup.of(mesh, _workers(mesh, role)[0])
@@ -141,8 +137,10 @@ async def test_the_only_group_of_its_role(
             await hungry
         told_s = time.monotonic() - struck_at
         again_s = await group.serving_again(mesh, struck_at, START_S)
-        for name, seconds in (("down_s", down_s), ("told_s", told_s), ("again_s", again_s)):
-            record_property(name, round(seconds, 2))
+        log.info(
+            "%s, rank %d, %s: down after %.2f s, clients told after %.2f s, serving again after %.2f s",
+            role, rank, fault.value, down_s, told_s, again_s,
+        )  # fmt: skip
         if role == "prefill":
             # The decode worker computes prompts itself.
             assert [result.token_ids for result in results if isinstance(result, GenerationResult)] == requests.answers
@@ -159,7 +157,7 @@ async def test_the_only_group_of_its_role(
         await mesh.assert_idle()
 
 
-@pytest.mark.parametrize(("role", "rank", "fault"), TABLE)
+@pytest.mark.parametrize(("role", "rank", "fault"), _table(("decode", 0, Fault.STOP)))
 async def test_another_group_goes_on(model: Path, tmp_path: Path, role: str, rank: int, fault: Fault) -> None:
     async with _mesh(model, tmp_path, role, fault, num_workers=2) as mesh:
         requests = await Requests.learn(mesh)
@@ -196,6 +194,7 @@ async def test_a_group_that_is_idle(model: Path, tmp_path: Path, rank: int, faul
         await mesh.assert_idle()
 
 
+@pytest.mark.slow
 async def test_a_supervisor_that_is_killed_takes_its_ranks_with_it(model: Path, tmp_path: Path) -> None:
     async with ProcessMesh(model, tmp_path, decode_flags=("--tp", "2")) as mesh:
         requests = await Requests.learn(mesh)
@@ -252,8 +251,18 @@ async def test_redis_is_down_while_a_rank_dies(model: Path, tmp_path: Path) -> N
     ("name", "flags", "line"),
     [
         ("nothing-here", ("--tp", "2"), "no such file or directory: name a model directory"),
-        ("", ("--tp", "7"), "--tp is 7: 12 heads over 6 KV heads cannot be shared fairly among so many ranks; use "),
-        ("", ("--pp", "4"), "--pp is 4 and the model has 3 layers: use at most as many stages"),
+        pytest.param(
+            "",
+            ("--tp", "7"),
+            "--tp is 7: 12 heads over 6 KV heads cannot be shared fairly among so many ranks; use 1, 2, 3,",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "",
+            ("--pp", "4"),
+            "--pp is 4 and the model has 3 layers: use at most as many stages",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 async def test_what_a_person_must_mend_is_said_once(
