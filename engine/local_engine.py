@@ -45,6 +45,8 @@ from pdmesh.types import KVNode, Load, ModelInfo, PairingFacts
 
 # What a thread that waits for lost ranks is given to notice that the group was given up.
 _DOWN_JOIN_S = 0.3
+# A leader may notice in the middle of a step that a rank is gone before its supervisor says which one, and why.
+_REASON_S = 0.25
 
 
 class LocalEngine:

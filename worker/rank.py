@@ -1,16 +1,16 @@
 """A rank's process: rank 0 is the worker as everybody sees it, every other rank follows it.
 
-Each tells its supervisor why it ends. What a person must mend it prints as well, as every command does.
+Each tells its supervisor why it ends, which prints what a person must mend.
 """
 
 import logging
 import os
 import signal
+from typing import NoReturn
 
 from engine.local_engine import LocalEngine
 from engine.parallel.follower import follow
 from engine.parallel.group import RankGroup
-from pdmesh.config import fail
 from pdmesh.errors import ConfigError, MeshError
 from pdmesh.ranks.control import RankControl
 from pdmesh.ranks.place import RankPlace
@@ -31,7 +31,12 @@ def run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService, 
     # Before the event loop, which it reaches as soon as there is one.
     engine = LocalEngine(config.engine, group=group)
     control = RankControl(place.control_fd, engine.give_up)
-    run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s)
+    run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s, refuse=_refuse)
+
+
+def _refuse(message: str) -> NoReturn:
+    # The supervisor was told, and prints it: several ranks may have found the same.
+    raise SystemExit(2)
 
 
 class _Leader:
@@ -45,7 +50,7 @@ class _Leader:
         try:
             await self._service.start()
         except MeshError as error:
-            self._control.failed(error.message, fatal=isinstance(error, ConfigError))
+            self._failed(error)
             raise
         self._control.ready()
 
@@ -53,8 +58,11 @@ class _Leader:
         try:
             await self._service.drain_asked()
         except MeshError as error:
-            self._control.failed(error.message, fatal=False)
+            self._failed(error)
             raise
+
+    def _failed(self, error: MeshError) -> None:
+        self._control.failed(error.message, fatal=isinstance(error, ConfigError))
 
     async def drain(self) -> None:
         await self._service.drain()
@@ -76,7 +84,7 @@ def _follow(config: WorkerConfig, group: RankGroup, transports: tuple[str, ...])
         )
     except ConfigError as error:
         control.failed(error.message, fatal=True)
-        fail(error.message)
+        _refuse(error.message)
     except Exception as error:
         message = error.message if isinstance(error, MeshError) else f"{type(error).__name__}: {error}"
         log.exception("rank %d cannot go on", group.place.rank)
