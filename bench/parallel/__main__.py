@@ -36,7 +36,7 @@ from bench.parallel.figures import (
     sum_figures,
     sum_misses,
 )
-from bench.parallel.models import LLAMA_1B, LLAMA_135M, cached_llama
+from bench.parallel.models import LLAMA_1B, LLAMA_135M
 from bench.parallel.others import MAX_CORES, other_cores, processor_times
 from bench.parallel.tables import Rows, decode_table, memory_table, pipeline_table, sum_table
 from engine.cpu.build import BuildError
@@ -133,8 +133,7 @@ def _sums(options: argparse.Namespace, say: Callable[[str], None]) -> Measured:
 
 
 def _pipeline(options: argparse.Namespace, say: Callable[[str], None]) -> Measured:
-    model = cached_llama(LLAMA_135M, options.dtype)
-    times = pipeline.measure(model, options.dtype, prompts=_PROMPTS, rounds=options.rounds, say=say)
+    times = pipeline.measure(LLAMA_135M, options.dtype, prompts=_PROMPTS, rounds=options.rounds, say=say)
     rows: list[tuple[str, Figures]] = []
     raw: dict[str, Any] = {}
     misses: list[str] = []

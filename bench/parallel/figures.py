@@ -82,10 +82,11 @@ def pipeline_figures(times: Mapping[int, Times]) -> dict[int, Figures]:
     """By number of micro-batches, of one prompt; see pipeline.py for what is ideal."""
     found = {}
     for parts, measured in times.items():
-        alone, pipeline = statistics.median(measured.alone), statistics.median(measured.pipeline)
-        ideal = alone * (STAGES + parts - 1) / (STAGES * parts)
+        alone, apart, pipeline = map(statistics.median, (measured.alone, measured.apart, measured.pipeline))
+        ideal = apart * (STAGES + parts - 1) / parts
         found[parts] = {
             "alone_ms": 1e3 * alone,
+            "apart_ms": 1e3 * apart,
             "pipeline_ms": 1e3 * pipeline,
             "ideal_ms": 1e3 * ideal,
             "ratio": pipeline / ideal,

@@ -1,32 +1,38 @@
-"""One prompt in one step over the two stages of a pipeline, cut into micro-batches, in turns with one rank alone.
+"""One prompt in one step over the two stages of a pipeline, cut into micro-batches, beside the ideal.
 
-The ideal is taken from one rank that holds the whole model and computes the same micro-batches one after the other: a
-stage's work on one of them is that time over (stages * micro-batches), and the pipeline takes as many times that as
-stages + micro-batches - 1. What small micro-batches cost is thus in the ideal; what the stages' uneven work, their talk
-and the memory that they share cost is not.
+    alone     the whole model on one rank, the same micro-batches one after the other
+    apart     two engines at once, each with half of the layers, computing all micro-batches without waiting: as fast as
+              two stages can be here, where cores share what they share
+    pipeline  the two stages
+
+A stage that has all its M micro-batches at hand takes as long as `apart`. A pipeline of P stages has to be filled and
+emptied: ideally it takes (P + M - 1) / M times that.
 """
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from bench.engine.batches import BLOCK_SIZE, plain_batch
+from bench.parallel.models import cached_llama
 from engine.assembly import assemble
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.executor import OneProcess
 from engine.loader import load_model
-from engine.parallel.batches import micro_batches
+from engine.model_config import ModelConfig
 from engine.parallel.leader import Leader
-from engine.parallel.rank import MIN_MICRO_BATCH_TOKENS
 from engine.parallel.spawn import spawned_group
 
 STAGES = 2
 MICRO_BATCHES = (1, 2, 4, 8)
+_ROOT = Path(__file__).resolve().parents[2]
 
 Step = Callable[[Batch], None]
 
@@ -36,16 +42,19 @@ class Times:
     """Seconds of a step in each round."""
 
     alone: list[float]
+    apart: list[float]
     pipeline: list[float]
 
 
 def measure(
-    model: Path, dtype: str, *, prompts: tuple[int, ...], rounds: int, say: Callable[[str], None]
+    model: ModelConfig, dtype: str, *, prompts: tuple[int, ...], rounds: int, say: Callable[[str], None]
 ) -> dict[int, dict[int, Times]]:
     """By tokens of the prompt and number of micro-batches. A round before those that count warms up."""
+    assert model.num_layers % STAGES == 0, f"{model.name} has no equal stages"
+    half = replace(model, name=f"{model.name}-half", num_layers=model.num_layers // STAGES)
     longest = max(prompts)
     config = EngineConfig(
-        model=str(model),
+        model=str(cached_llama(model, dtype)),
         dtype=dtype,
         device="cpu",
         block_size=BLOCK_SIZE,
@@ -56,42 +65,75 @@ def measure(
         max_num_batched_tokens=longest,
         max_prefill_chunk=longest,
     )
+    stage_config = replace(config, model=str(cached_llama(half, dtype)))
     torch.set_num_threads(1)
-    found = {prompt: {parts: Times([], []) for parts in MICRO_BATCHES} for prompt in prompts}
+    found = {prompt: {parts: Times([], [], []) for parts in MICRO_BATCHES} for prompt in prompts}
     with ExitStack() as stack:
         say("loading a model for each number of micro-batches")
-        alone = _alone(config)
+        whole = stack.enter_context(_Engine(config))
+        stages = [stack.enter_context(_Engine(stage_config)) for _ in range(STAGES)]
         pipelines = {parts: _pipeline(replace(config, micro_batches=parts), stack) for parts in MICRO_BATCHES}
+        for engine in (whole, *stages):
+            engine.wait_ready()
         for prompt in prompts:
             batch = plain_batch([prompt], [0])
             for number in range(rounds + 1):
                 for parts, times in found[prompt].items():
                     say(f"{prompt} tokens, round {number} of {rounds}, {parts} micro-batches")
-                    ways = [(times.alone, alone[parts]), (times.pipeline, pipelines[parts])]
-                    for seconds, step in ways if number % 2 else ways[::-1]:
-                        began = perf_counter()
-                        step(batch)
-                        if number:
-                            seconds.append(perf_counter() - began)
+                    alone = _at_once([whole], prompt, parts)
+                    apart = _at_once(stages, prompt, parts)
+                    began = perf_counter()
+                    pipelines[parts](batch)
+                    pipeline = perf_counter() - began
+                    if number:
+                        times.alone.append(alone)
+                        times.apart.append(apart)
+                        times.pipeline.append(pipeline)
     return found
 
 
-def _alone(config: EngineConfig) -> dict[int, Step]:
-    process = assemble(config, load_model, lambda done, total: None).core._runner._executor
-    # As in bench/engine: the whole model, without what schedules and samples.
-    assert isinstance(process, OneProcess)
-    executor = process._executor
+class _Engine:
+    """A process of bench/parallel/stage.py; ends with the context."""
 
-    def cut(parts: int) -> Step:
-        @torch.inference_mode()
-        def step(batch: Batch) -> None:
-            for _, micro_batch in micro_batches(batch, parts, MIN_MICRO_BATCH_TOKENS):
-                hidden = executor.forward(micro_batch)
-            executor.logits(hidden)
+    def __init__(self, config: EngineConfig) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.parallel.stage", json.dumps(asdict(config))],
+            cwd=_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-        return step
+    def __enter__(self) -> "_Engine":
+        return self
 
-    return {parts: cut(parts) for parts in MICRO_BATCHES}
+    def __exit__(self, *exception: object) -> None:
+        self._process.communicate()
+
+    def wait_ready(self) -> None:
+        self._hear()
+
+    def begin(self, prompt: int, parts: int) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"tokens": prompt, "micro_batches": parts}) + "\n")
+        self._process.stdin.flush()
+
+    def seconds(self) -> float:
+        return self._hear()["seconds"]
+
+    def _hear(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("an engine's process ended; see above what it printed")
+        said: dict[str, float] = json.loads(line)
+        return said
+
+
+def _at_once(engines: list[_Engine], prompt: int, parts: int) -> float:
+    for engine in engines:
+        engine.begin(prompt, parts)
+    return max([engine.seconds() for engine in engines])
 
 
 def _pipeline(config: EngineConfig, stack: ExitStack) -> Step:

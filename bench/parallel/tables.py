@@ -62,6 +62,7 @@ def pipeline_table(rows: Rows) -> Table:
         rows,
         {
             "one rank": "{alone_ms:.0f}",
+            "stages apart": "{apart_ms:.0f}",
             "pipeline": "{pipeline_ms:.0f}",
             "ideal": "{ideal_ms:.0f}",
             "ratio": "{ratio:.2f}",

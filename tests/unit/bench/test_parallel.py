@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench.engine.batches import plain_batch
+from bench.engine.random_llama import llama_config
 from bench.parallel import pipeline, sums
 from bench.parallel.decode import Turns
 from bench.parallel.figures import (
@@ -77,9 +78,9 @@ def test_sums_are_judged_by_one_hidden_state() -> None:
 
 
 def test_a_pipeline_is_ideal_where_stages_wait_only_to_fill_it() -> None:
-    figures = pipeline_figures({1: Times([1.0], [1.0]), 8: Times([1.6], [1.0])})
+    figures = pipeline_figures({1: Times([1.0], [0.5], [1.0]), 8: Times([1.6], [0.8], [1.0])})
     assert figures[1]["ratio"] == pytest.approx(1.0)
-    # Nine times a sixteenth of one rank's time.
+    # Nine times an eighth of a stage's time.
     assert figures[8]["ideal_ms"] == pytest.approx(900)
     (miss,) = pipeline_misses(512, figures)
     assert "1.11 of the ideal time" in miss
@@ -137,7 +138,11 @@ def test_sums_of_two_processes_are_right_and_timed() -> None:
 
 
 @pytest.mark.e2e
-def test_a_pipeline_computes_every_cut_of_a_prompt(tiny_model: Path) -> None:
-    times = pipeline.measure(tiny_model, "float32", prompts=(512,), rounds=1, say=lambda what: None)
+def test_a_pipeline_computes_every_cut_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.parallel.models.bench_cache", lambda: tmp_path)
+    model = llama_config(
+        "tiny", vocab_size=320, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2
+    )
+    times = pipeline.measure(model, "float32", prompts=(512,), rounds=1, say=lambda what: None)
     assert set(times[512]) == {1, 2, 4, 8}
-    assert all(len(one.alone) == len(one.pipeline) == 1 for one in times[512].values())
+    assert all(len(one.alone) == len(one.apart) == len(one.pipeline) == 1 for one in times[512].values())
