@@ -67,7 +67,7 @@ class Requests:
 
         await self.mesh.until(under_way, "streams run")
         await asyncio.sleep(0.1)
-        assert not any(stream.done() for stream in streams)
+        assert not all(stream.done() for stream in streams)
         return streams
 
     async def check(self) -> None:
