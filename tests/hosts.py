@@ -66,12 +66,11 @@ class TwoHosts:
             host.ip("link", "set", "between", "up")
             host.ip("neigh", "flush", "to", other.link_address, "nud", "permanent")
 
-    @property
     def connected(self) -> bool:
         """A packet gets from one to the other and back within half a second."""
         one, other = self.hosts
-        ping = (sys.executable, "-c", _CONNECT, other.link_address)
-        return subprocess.run(one.command(*ping), check=False).returncode == 0
+        reach = (sys.executable, "-c", _CONNECT, other.link_address)
+        return subprocess.run(one.command(*reach), check=False).returncode == 0
 
 
 # A port at which nobody listens: whoever is reached refuses at once.

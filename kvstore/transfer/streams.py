@@ -50,7 +50,10 @@ class ClientStream(Generic[RequestT, ResponseT]):
 
     async def write(self, request: RequestT) -> None:
         """Raises MeshError: why the peer has ended the stream."""
-        await asyncio.shield(self._write(request))
+        writing = asyncio.ensure_future(self._write(request))
+        # Whoever waits for it may be cancelled, and then nobody asks how it went.
+        writing.add_done_callback(_seen)
+        await asyncio.shield(writing)
 
     async def beat(self) -> None:
         """Gives signs of life until cancelled."""
@@ -106,6 +109,11 @@ class ClientStream(Generic[RequestT, ResponseT]):
             self._ended_by = status.from_rpc_error(error, stage=self._stage)
         finally:
             self._came.put_nowait(self._ended_by)
+
+
+def _seen(writing: "asyncio.Future[None]") -> None:
+    if not writing.cancelled():
+        writing.exception()
 
 
 async def responses_of(

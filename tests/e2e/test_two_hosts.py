@@ -112,6 +112,7 @@ async def test_kv_comes_straight_to_both_nodes(net: TwoHosts, tiny_model: Path, 
         assert await num_moved(mesh, GROUP, Direction.RECEIVING) == num_bytes // 2
 
 
+@pytest.mark.slow
 async def test_prefill_in_stages_over_both_hosts(net: TwoHosts, tiny_model: Path, tmp_path: Path) -> None:
     """Each stage's layers come from the host that has them."""
     mesh = mesh_around(net, tiny_model, tmp_path, num_prefill=0, num_decode=1)
@@ -126,6 +127,7 @@ async def test_prefill_in_stages_over_both_hosts(net: TwoHosts, tiny_model: Path
         assert await num_moved(mesh, GROUP, Direction.SENDING) == num_bytes // 3
 
 
+@pytest.mark.slow
 async def test_from_two_hosts_to_two_hosts(net: TwoHosts, tiny_model: Path, tmp_path: Path) -> None:
     mesh = mesh_around(net, tiny_model, tmp_path, num_prefill=0)
     mesh.add_group(GROUP, "decode", net.hosts, "--tp", "2")
@@ -144,6 +146,7 @@ async def test_from_two_hosts_to_two_hosts(net: TwoHosts, tiny_model: Path, tmp_
         assert await num_moved(mesh, GROUP, Direction.RECEIVING) == half
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [TwoHosts.cut, TwoHosts.swallow], ids=["the link is down", "the link is silent"])
 async def test_hosts_that_lose_each_other_end_the_group_until_they_meet_again(
     net: TwoHosts, tiny_model: Path, tmp_path: Path, fault: Callable[[TwoHosts], None]
@@ -163,23 +166,21 @@ async def test_hosts_that_lose_each_other_end_the_group_until_they_meet_again(
             return (await mesh.status(GROUP)).num_requests >= 3
 
         await mesh.until(at_work, "streams on the group")
-        assert net.connected
+        assert net.connected()
         await asyncio.to_thread(fault, net)
         begun = time.monotonic()
         await mesh.until(lambda: are_gone(ranks[0]), "the leader gone", 10)
         down_s = time.monotonic() - begun
         await mesh.until(lambda: are_gone(ranks[1]), "the follower gone", 10)
         follower_down_s = time.monotonic() - begun
-        assert not net.connected
+        assert not net.connected()
         for answer, tokens in zip(await asking, expected, strict=True):
             assert answer.token_ids == tokens
         assert down_s < DOWN_S
         assert follower_down_s < DOWN_S
-        assert sum(answer.report.decode_resumes for answer in asking.result()) >= 3
-        # … on the other worker; and each node says why it ended its ranks.
-        assert all(
-            answer.report.decode_worker_id == "decode-0" for answer in asking.result() if answer.report.decode_resumes
-        )
+        resumed_on = [one.report.decode_worker_id for one in asking.result() if one.report.decode_resumes]
+        assert len(resumed_on) >= 3
+        assert set(resumed_on) == {"decode-0"}
         assert_said(nodes[0], "node 1 (")
         assert_said(nodes[1], "node 0 is lost")
         await mesh.assert_idle()
