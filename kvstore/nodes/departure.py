@@ -11,7 +11,7 @@ from kvstore.transfer.base import BlockMemory, Grant, SlicedMemory, TransferStat
 from kvstore.transfer.senders import KVSenders, Negotiation
 from kvstore.transfer.shipment import Shipment
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import MeshError
+from pdmesh.errors import InvalidRequestError, MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.tasks import settled
 from pdmesh.types import BlockRun, KVNode
@@ -65,7 +65,11 @@ class SendingNodes:
             request_id: To which tickets are bound.
             receiver_id: The worker at the other end.
             on_failed: Told of each grant that came to nothing: of which flow, its number, and why.
+
+        Raises InvalidRequestError where nobody is to receive anything.
         """
+        if not receivers:
+            raise InvalidRequestError("a prompt's KV needs a receiver", stage="transfer")
         return Departure(
             [
                 self._flow(place, node, receivers[receiver], receiver, run, request_id, receiver_id, on_failed)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_node_holds_what_the_caches_of_its_ranks_write(
             expected[run.offset_bytes : run.end_bytes] = one * (run.num_bytes // len(one))
             held_by_all[run.offset_bytes : run.end_bytes] = b"\1" * run.num_bytes
         assert written == [bytes(block_bytes), bytes(expected), bytes(block_bytes)]
-        assert all(run.end_bytes < after.offset_bytes for run, after in zip(runs, runs[1:], strict=False))
+        assert all(run.end_bytes < after.offset_bytes for run, after in pairwise(runs))
     assert all(held_by_all), "between them the nodes hold every byte"
 
 
