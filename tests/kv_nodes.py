@@ -80,12 +80,14 @@ class SpreadWorker:
 
     Attributes:
         known: Its nodes as the leader knows them: to be told otherwise.
+        lost: Why nodes are, as the leader was told.
     """
 
     nodes: list[Node]
     receiving: ReceivingNodes
     sending: SendingNodes
     known: list[KVNode]
+    lost: list[str]
 
     def check_idle(self) -> None:
         for node in self.nodes:
@@ -107,12 +109,10 @@ async def spread_worker(
         leader = nodes[0]
         channels = ChannelPool()
         stack.push_async_callback(channels.aclose)
-        yield SpreadWorker(
-            nodes,
-            ReceivingNodes(lambda: tuple(known), leader.hub, channels, leader.journal),
-            SendingNodes(lambda: tuple(known), leader.memory, leader.senders, INCARNATION, channels),
-            known,
-        )
+        lost: list[str] = []
+        receiving = ReceivingNodes(lambda: tuple(known), leader.hub, channels, leader.journal, lost.append)
+        sending = SendingNodes(lambda: tuple(known), leader.memory, leader.senders, INCARNATION, channels, lost.append)
+        yield SpreadWorker(nodes, receiving, sending, known, lost)
 
 
 @asynccontextmanager

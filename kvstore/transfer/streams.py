@@ -46,6 +46,7 @@ class ClientStream(Generic[RequestT, ResponseT]):
         # What came; last of all, why there is no more.
         self._came: asyncio.Queue[ResponseT | MeshError] = asyncio.Queue()
         self._ended_by: MeshError | None = None
+        self._lost = False
         self._reading = asyncio.create_task(self._read())
 
     async def write(self, request: RequestT) -> None:
@@ -75,15 +76,21 @@ class ClientStream(Generic[RequestT, ResponseT]):
                 raise came
             yield came
 
-    async def end(self) -> None:
-        """Lets the peer come to its end by itself, if it does so soon."""
+    async def end(self) -> bool:
+        """Lets the peer come to its end by itself, if it does so soon. Returns whether it is known that it has."""
+        in_time = True
         try:
-            async with self._writing:
-                await self._call.done_writing()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            log.debug("a stream that was no longer needed ended with %r", error)
-        await asyncio.wait([self._reading], timeout=END_TIMEOUT_S)
+            async with asyncio.timeout(END_TIMEOUT_S):
+                try:
+                    async with self._writing:
+                        await self._call.done_writing()
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                    log.debug("a stream that was no longer needed ended with %r", error)
+                await asyncio.wait([self._reading])
+        except TimeoutError:
+            in_time = False
         await self.aclose()
+        return in_time and not self._lost
 
     async def aclose(self) -> None:
         """Ends it at once. Idempotent."""
@@ -106,7 +113,11 @@ class ClientStream(Generic[RequestT, ResponseT]):
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 self._came.put_nowait(cast(ResponseT, response))
         except grpc.aio.AioRpcError as error:
-            self._ended_by = status.from_rpc_error(error, stage=self._stage)
+            by_grpc = None if status.is_ours(error) else error.code()
+            self._lost = by_grpc is grpc.StatusCode.UNAVAILABLE
+            # A write that comes after the peer's end hides what that was: https://github.com/grpc/grpc/issues/36066
+            if by_grpc is not grpc.StatusCode.INTERNAL:
+                self._ended_by = status.from_rpc_error(error, stage=self._stage)
         finally:
             self._came.put_nowait(self._ended_by)
 

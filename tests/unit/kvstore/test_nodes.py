@@ -68,6 +68,7 @@ async def workers(
                 await asyncio.sleep(0.01)
         sender.check_idle()
         receiver.check_idle()
+        assert (sender.lost, receiver.lost) == ([], [])
     async with asyncio.timeout(PATIENCE_S):
         while left := [task for task in asyncio.all_tasks() - before if not task.done()]:
             await asyncio.wait(left)
@@ -207,7 +208,8 @@ async def test_who_does_not_know_the_token_moves_nothing(steering: str) -> None:
         async with handoff(sender, receiver, TARGET_IDS) as under_way:
             with pytest.raises(ExceptionGroup) as refused:
                 await ship(under_way)
-            assert any(isinstance(error, TicketError) for error in refused.value.exceptions)
+            # What a sender's node refuses with may be lost where the offer comes after it.
+            assert any(isinstance(error, TicketError | UnavailableError) for error in refused.value.exceptions)
         assert not any(receiver.nodes[1].memory.content)
 
 
@@ -288,6 +290,8 @@ async def test_a_node_that_cannot_be_reached_fails_both_ends_at_once() -> None:
             with pytest.raises(UnavailableError):
                 async with asyncio.timeout(PATIENCE_S):
                     await under_way.receive()
+        assert [receiver.known[1].address in reason for reason in receiver.lost] == [True]
+        receiver.lost.clear()
 
 
 async def test_a_prompt_that_nobody_is_to_receive_is_refused() -> None:
