@@ -12,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-tiers bench-transfer
+.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-parallel bench-tiers bench-transfer
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench-engine: .venv/.installed  ## measure the engine beside its peers and the m
 
 bench-handoff: .venv/.installed  ## measure what handing a prompt over costs, beside the prefill worker by itself
 	@$(BIN)/python -m bench.handoff $(ARGS)
+
+bench-parallel: .venv/.installed  ## measure what a model gains by being spread over ranks
+	@$(BIN)/python -m bench.parallel $(ARGS)
 
 bench-transfer: .venv/.installed  ## measure every KV transport beside memcpy, a bare socket and a bare gRPC stream
 	@$(BIN)/python -m bench.transfer $(ARGS)

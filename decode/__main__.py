@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from decode.config import DecodeConfig
-from kvstore.redis_directory import RedisDirectory
 from pdmesh.config import parse
 from pdmesh.telemetry import configure_logging
 from worker.ranks import run_worker
@@ -22,6 +21,7 @@ def main() -> None:
 
     def make_service(engine: "LocalEngine") -> "DecodeService":
         from decode.service import DecodeService
+        from kvstore.redis_directory import RedisDirectory
 
         return DecodeService(config, engine, RedisDirectory(service.redis_url, service.cluster))
 

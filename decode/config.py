@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
 from worker.config import WorkerConfig

@@ -162,7 +162,7 @@ class DecodeWorker:
                 except (InvalidRequestError, DeadlineError):
                     raise
                 except MeshError as error:
-                    unreachable = isinstance(error, UnavailableError) and error.reason == UnavailableError.reason
+                    unreachable = isinstance(error, UnavailableError) and error.peer_is_gone
                     report.failures.append(Failure(target, unreachable))
                     log.warning(
                         "prefill on %s failed: %s", target.worker_id, error.message,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from engine.api import RankInfo
+from engine.api import BlockMemory, RankInfo
 from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
@@ -22,6 +22,7 @@ from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
 from engine.parallel.leader import Leader, agree
 from engine.parallel.rank import Rank
+from engine.parallel.staging import StagedMemory
 from engine.parallel.wire import Begin, Loaded, Serve, Serving
 from engine.runner import PROMPT_LOGITS_ROWS, ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -48,12 +49,14 @@ class Assembly:
     """A core, and what those outside its thread may know of it.
 
     Attributes:
+        memory: Of whole blocks, as far as they lie on this node.
         kv_nodes: Where the bytes of a block lie, this process's memory first.
         ranks: That it computes with; empty where this process does so alone.
     """
 
     core: EngineCore
     kv_cache: KVCache
+    memory: BlockMemory
     model: ModelInfo
     facts: PairingFacts
     kv_nodes: tuple[KVNode, ...]
@@ -94,7 +97,10 @@ def assemble(
     for wire in followers:
         wire.send(Begin())
     made.seal_kv()
-    return _around(part, made, Leader(made.rank, followers), tuple(nodes), tuple(ranks))
+    memory = None
+    if part.device.type == "cuda":
+        memory = StagedMemory(made.kv_cache, followers[: group.place.local_size - 1])
+    return _around(part, made, Leader(made.rank, followers), tuple(nodes), tuple(ranks), memory)
 
 
 def load_part(
@@ -107,9 +113,15 @@ def load_part(
         loaded = load(config.model, config.dtype_name, device, on_progress)
         share = 1.0
     else:
+        if device.type == "cuda" and group.config.nnodes > 1 and group.config.local_size > 1:
+            raise ConfigError(
+                "KV of several GPUs on each of several nodes cannot be moved: use one GPU of each node, or one node"
+            )
         if config.compile:
             raise ConfigError("--compile works for one rank alone: leave it out, or --tp and --pp")
         device = group.device(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
         share = group.kv_share(loaded, device)
     block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
@@ -234,6 +246,7 @@ def _around(
     executor: StepExecutor,
     kv_nodes: tuple[KVNode, ...],
     ranks: tuple[RankInfo, ...] = (),
+    memory: BlockMemory | None = None,
 ) -> Assembly:
     config, shape, kv_cache = part.config, part.model.config, made.kv_cache
     max_model_len = min(part.size.max_model_len, kv_cache.num_blocks * config.block_size)
@@ -258,6 +271,7 @@ def _around(
     return Assembly(
         core=EngineCore(Scheduler(scheduler_config), runner),
         kv_cache=kv_cache,
+        memory=memory or kv_cache,
         model=ModelInfo(part.model.name, shape.architecture, shape.vocab_size, max_model_len),
         facts=PairingFacts(
             model_digest=part.model.digest,

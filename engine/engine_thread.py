@@ -14,6 +14,7 @@ from engine.leases import Reservation
 from engine.outputs import StepOutput, StepOutputs
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
+from pdmesh.errors import MeshError
 from pdmesh.types import Load
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class EngineThread:
         else:
             try:
                 self._serve(core)
+            except MeshError as error:
+                log.error("the engine's thread ends: %s", error.message, extra={"reason": error.reason})
+                ended_by = error
             except Exception as error:
                 log.exception("the engine's thread failed")
                 ended_by = error

@@ -45,6 +45,8 @@ from pdmesh.types import KVNode, Load, ModelInfo, PairingFacts
 
 # What a thread that waits for lost ranks is given to notice that the group was given up.
 _DOWN_JOIN_S = 0.3
+# A leader may notice in the middle of a step that a rank is gone before its supervisor says which one, and why.
+_REASON_S = 0.25
 
 
 class LocalEngine:
@@ -95,7 +97,7 @@ class LocalEngine:
 
     @property
     def memory(self) -> BlockMemory:
-        return self._parts.kv_cache
+        return self._parts.memory
 
     @property
     def kv_nodes(self) -> tuple[KVNode, ...]:
@@ -113,7 +115,7 @@ class LocalEngine:
         return self._thread.status
 
     def keep_evicted(self, put: Callable[[BlockHash, memoryview], object]) -> None:
-        memory = self._parts.kv_cache
+        memory = self._parts.memory
 
         def keep(evicted: list[tuple[int, BlockHash]]) -> None:
             memory.to_host([block_id for block_id, _ in evicted])

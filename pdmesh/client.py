@@ -25,7 +25,7 @@ from pdmesh.client_calls import (
     mesh_errors,
     tokenize_request,
 )
-from pdmesh.cluster_view import ServerInfo, WorkerView
+from pdmesh.cluster_view import ServerInfo, WorkerStatus, WorkerView
 from pdmesh.generation import Event, EventCollector, GenerationResult, event_from_pb
 from pdmesh.transfers import WorkerTransfers
 from pdmesh.types import ModelInfo
@@ -114,6 +114,13 @@ class Client:
         with mesh_errors(self.address):
             response = self._cluster.ListWorkers(cluster_pb2.ListWorkersRequest(), timeout=timeout_s)
             return tuple(map(WorkerView.from_pb, response.workers))
+
+    def worker_status(self, worker_id: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> WorkerStatus:
+        """What one worker says that it holds, and the ranks that it computes with."""
+        with mesh_errors(self.address):
+            request = cluster_pb2.GetWorkerStatusRequest(worker_id=worker_id)
+            response = self._cluster.GetWorkerStatus(request, timeout=timeout_s)
+            return WorkerStatus.from_pb(response.status)
 
     def transfers(self, *, timeout_s: float = CONTROL_TIMEOUT_S) -> tuple[WorkerTransfers, ...]:
         """What each worker that the router knows says of its KV transfers, or why it does not answer."""

@@ -24,6 +24,51 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class RankStatus:
+    """A process that computes for a worker: bytes of its shard of the model and of its part of the KV cache."""
+
+    rank: int
+    host: str
+    pid: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @classmethod
+    def from_pb(cls, message: cluster_pb2.RankStatus) -> RankStatus:
+        return cls(**{f.name: getattr(message, f.name) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What a worker says that it holds; see cluster.proto. `ranks` is empty where one process is all of it."""
+
+    info: WorkerInfo
+    num_requests: int
+    num_leases: int
+    num_tickets: int
+    num_request_tasks: int
+    num_cached_blocks: int
+    uptime_s: float
+    num_steps: int
+    ranks: tuple[RankStatus, ...]
+
+    @classmethod
+    def from_pb(cls, message: cluster_pb2.GetStatusResponse) -> WorkerStatus:
+        """Raises KeyError where role or state is one that this version does not know."""
+        return cls(
+            info=WorkerInfo.from_pb(message.info),
+            num_requests=message.num_requests,
+            num_leases=message.num_leases,
+            num_tickets=message.num_tickets,
+            num_request_tasks=message.num_request_tasks,
+            num_cached_blocks=message.num_cached_blocks,
+            uptime_s=message.uptime_s,
+            num_steps=message.num_steps,
+            ranks=tuple(map(RankStatus.from_pb, message.ranks)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What a request may ask for at most."""
 

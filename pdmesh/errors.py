@@ -62,9 +62,18 @@ class OverloadedError(MeshError):
     retryable = True
 
 
+# Of a worker of several ranks, one of which has ended: the others are about to.
+RANK_LOST = "RANK_LOST"
+
+
 class UnavailableError(MeshError):
     reason = "UNAVAILABLE"
     retryable = True
+
+    @property
+    def peer_is_gone(self) -> bool:
+        """Nobody was there, or whoever said this is about to end: it is of no use to ask again."""
+        return self.reason in (UnavailableError.reason, RANK_LOST)
 
 
 class PreconditionError(MeshError):

@@ -51,15 +51,16 @@ class Service(Protocol):
         ...
 
 
-def run(make_service: Callable[[], Service], *, drain_s: float) -> None:
+def run(make_service: Callable[[], Service], *, drain_s: float, refuse: Callable[[str], None] = fail) -> None:
     """Runs a service until a signal ends it. Exit code 0 after a drain, 1 where it cannot go on, 2 for a ConfigError.
 
+    `refuse` ends the process with the message of a ConfigError.
     The service is made inside the event loop: what gRPC makes binds to the loop that runs.
     """
     try:
         uvloop.run(_run(make_service, drain_s))
     except ConfigError as error:
-        fail(error.message)
+        refuse(error.message)
     except MeshError as error:
         log.critical("cannot go on: %s", error.message, extra={"reason": error.reason})
         raise SystemExit(1) from error

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from kvstore.redis_directory import RedisDirectory
 from pdmesh.config import parse
 from pdmesh.telemetry import configure_logging
 from prefill.config import PrefillConfig
@@ -19,6 +18,7 @@ def main() -> None:
     configure_logging(service.log_level, "prefill")
 
     def make_service(engine: "LocalEngine") -> "PrefillService":
+        from kvstore.redis_directory import RedisDirectory
         from prefill.service import PrefillService
 
         return PrefillService(config, engine, RedisDirectory(service.redis_url, service.cluster))

@@ -2,7 +2,7 @@
 
 from engine.api import Engine
 from kvstore.directory import Directory
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.types import Role
 from pdmesh.v1 import prefill_pb2_grpc
 from prefill.config import PrefillConfig

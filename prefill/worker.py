@@ -23,6 +23,7 @@ from engine.api import Engine, EngineRequest, PrefillStream, PrefillUpdate, Toke
 from kvstore.nodes.departure import Departure, SendingNodes
 from kvstore.nodes.flows import Flow, Receiver
 from kvstore.transfer.base import Grant, TransferStats
+from kvstore.transfer.streams import acknowledged
 from pdmesh.errors import CancelledRequestError, MeshError
 from pdmesh.hashing import BlockHash, block_hash, root_hash
 from pdmesh.tasks import beside
@@ -190,4 +191,7 @@ async def _listen(messages: AsyncIterator[Message], departure: Departure) -> Non
                 departure.granted(message.flow, message.number, message.grant)
             case SignOfLife():
                 departure.alive()
-    raise CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill")
+    await acknowledged(
+        departure.wait(),
+        CancelledRequestError("the decode worker closed its side before it had the KV", stage="prefill"),
+    )

@@ -1,6 +1,8 @@
 """`pdmesh.v1.Cluster` on the wire: the workers as this router sees them, for operators."""
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 
 import grpc
 
@@ -12,7 +14,7 @@ from pdmesh.v1 import cluster_pb2 as pb
 from pdmesh.v1 import cluster_pb2_grpc
 from router.registry import WorkerRegistry
 
-_DRAIN_TIMEOUT_S = 5.0
+_WORKER_TIMEOUT_S = 5.0
 # Well below the time that a client gives the whole call.
 _TRANSFERS_TIMEOUT_S = 2.0
 
@@ -57,23 +59,42 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServicer):
                 answer.error = status.from_rpc_error(error).message or error.code().name
         return answer
 
+    async def GetWorkerStatus(self, request: pb.GetWorkerStatusRequest, context: object) -> pb.GetWorkerStatusResponse:
+        info = self._info(request.worker_id)
+        worker = cluster_pb2_grpc.WorkerStub(self._channels.get(info.address))
+        with _names_who_is_out_of_reach(info):
+            answer = await worker.GetStatus(pb.GetStatusRequest(), timeout=_WORKER_TIMEOUT_S)
+        return pb.GetWorkerStatusResponse(status=answer)
+
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: object) -> pb.DrainWorkerResponse:
-        info = self._registry.info(request.worker_id)
+        info = self._info(request.worker_id)
+        worker = cluster_pb2_grpc.WorkerStub(self._channels.get(info.address))
+        with _names_who_is_out_of_reach(info):
+            await worker.Drain(pb.DrainRequest(), timeout=_WORKER_TIMEOUT_S)
+        return pb.DrainWorkerResponse()
+
+    def _info(self, worker_id: str) -> WorkerInfo:
+        """Raises NotFoundError, which names those that are known."""
+        info = self._registry.info(worker_id)
         if info is None:
             known = ", ".join(record.info.worker_id for record in self._registry.records()) or "none"
             raise NotFoundError(
-                f"no worker {request.worker_id[:128]!r}; known: {known}", reason="WORKER_NOT_FOUND", stage="admission"
+                f"no worker {worker_id[:128]!r}; known: {known}", reason="WORKER_NOT_FOUND", stage="admission"
             )
-        worker = cluster_pb2_grpc.WorkerStub(self._channels.get(info.address))
-        try:
-            await worker.Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            failure = status.from_rpc_error(error)
-            if isinstance(failure, UnavailableError) and not status.is_ours(error):
-                raise UnavailableError(
-                    f"{info.worker_id} does not answer at {info.address}: {failure.message}",
-                    reason="WORKER_UNREACHABLE",
-                    stage="admission",
-                ) from error
-            raise failure from error
-        return pb.DrainWorkerResponse()
+        return info
+
+
+@contextlib.contextmanager
+def _names_who_is_out_of_reach(info: WorkerInfo) -> Iterator[None]:
+    """Turns what a call to this worker fails with into our errors."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        failure = status.from_rpc_error(error)
+        if isinstance(failure, UnavailableError) and not status.is_ours(error):
+            raise UnavailableError(
+                f"{info.worker_id} does not answer at {info.address}: {failure.message}",
+                reason="WORKER_UNREACHABLE",
+                stage="admission",
+            ) from error
+        raise failure from error

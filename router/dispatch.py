@@ -9,7 +9,7 @@
    string, the call is cancelled.
 7. A worker that refuses before its first token is followed by the next best at once, until all have refused.
 8. A worker that is lost after it delivered tokens is followed by another that goes on after them: 1, with the delivered
-   tokens in ResumePoints and a higher attempt.
+   tokens in ResumePoints and a higher attempt. Where there is none, the client is told why the first was lost.
 9. Whatever ends the request (its last token, the client leaving, the deadline, an error): the call to the worker is
    cancelled and the request counted down, in one `finally`.
 
@@ -88,8 +88,9 @@ class Dispatcher:
         """
         run = _Run(request, self._token_bytes, self._registry.mark_lost)
         refused: dict[str, MeshError] = {}
+        lost: MeshError | None = None
         while True:
-            assignment = self._assign(request, run.num_delivered, refused)
+            assignment = self._assign(request, run.num_delivered, refused, lost)
             num_before = run.num_delivered
             call = None
             try:
@@ -113,6 +114,7 @@ class Dispatcher:
                 refused[assignment.decode.worker_id] = failure
             else:
                 refused.clear()
+                lost = failure
                 run.num_resumes += 1
                 for response in run.end_what_is_due():
                     yield response
@@ -125,10 +127,13 @@ class Dispatcher:
                         stage="decode",
                     ) from failure
 
-    def _assign(self, request: AdmittedRequest, num_delivered: int, refused: dict[str, MeshError]) -> Assignment:
+    def _assign(
+        self, request: AdmittedRequest, num_delivered: int, refused: dict[str, MeshError], lost: MeshError | None
+    ) -> Assignment:
         """Picks the best worker that has not refused, and counts the request up there.
 
-        Raises OverloadedError or UnavailableError where none is left.
+        Raises OverloadedError or UnavailableError where none is left; the latter with the reason of `lost`, for which
+        the last worker that delivered tokens was lost, or with the one for which all refused.
         """
         num_tokens = len(request.prompt_token_ids) + num_delivered
         cached = self._registry.cached_prefixes(request.hashes)
@@ -143,6 +148,10 @@ class Dispatcher:
             if choice.decode_id not in refused:
                 return self._registry.assign(choice, num_tokens, cached)
         if not refused:
+            if lost is not None:
+                raise UnavailableError(
+                    f"{lost.message}, and no other decode worker takes requests now", reason=lost.reason, stage="decode"
+                )
             raise UnavailableError(
                 "no decode worker takes requests now; try again when one is ready",
                 reason="NO_DECODE_WORKER",
@@ -153,7 +162,12 @@ class Dispatcher:
             raise OverloadedError(
                 f"every decode worker refused ({reasons})", reason="ALL_WORKERS_FULL", stage="routing"
             )
-        raise UnavailableError(f"no decode worker could be had ({reasons})", stage="routing")
+        if lost is not None:
+            message = f"{lost.message}, and no decode worker could go on ({reasons})"
+            raise UnavailableError(message, reason=lost.reason, stage="decode")
+        common = {error.reason if isinstance(error, UnavailableError) else None for error in refused.values()}
+        reason = common.pop() if len(common) == 1 else None
+        raise UnavailableError(f"no decode worker could be had ({reasons})", reason=reason, stage="routing")
 
     def _open(
         self, run: "_Run", assignment: Assignment, time_remaining_s: float | None
@@ -168,7 +182,7 @@ class Dispatcher:
         """Tells the registry of a worker that cannot be reached, or is another by now, or is on its way out."""
         worker = assignment.decode
         unreachable = isinstance(failure, UnavailableError) and (
-            failure.reason == UnavailableError.reason or failure.reason.startswith("WORKER_")
+            failure.peer_is_gone or failure.reason.startswith("WORKER_")
         )
         if unreachable or isinstance(failure, CancelledRequestError) or failure.reason == "STALE_INCARNATION":
             self._registry.mark_lost(worker.worker_id, worker.incarnation, failure.message)

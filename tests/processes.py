@@ -39,15 +39,19 @@ class ProcessMesh:
         flags: Sequence[str] = (),
         prefill_flags: Sequence[str] = (),
         decode_flags: Sequence[str] = (),
+        router_flags: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.valkey = ValkeyServer()
         self.address = f"127.0.0.1:{_free_port()}"
         self._run_dir = run_dir
         self._flags = {"prefill": (*flags, *prefill_flags), "decode": (*flags, *decode_flags)}
-        self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2])
-        self.prefills = [self._worker("prefill", number) for number in range(num_prefill)]
-        self.decodes = [self._worker("decode", number) for number in range(num_decode)]
+        self.router = self._service("router", "router", "--port", self.address.rpartition(":")[2], *router_flags)
+        self.prefills: list[ChildProcess] = []
+        self.decodes: list[ChildProcess] = []
+        for role, num_workers in (("prefill", num_prefill), ("decode", num_decode)):
+            for _ in range(num_workers):
+                self.add_worker(role)
         # The processes of workers that are spread over hosts, by worker id.
         self.groups: dict[str, list[ChildProcess]] = {}
 
@@ -67,11 +71,16 @@ class ProcessMesh:
         self.groups[worker_id] = nodes
         return nodes
 
-    def _worker(self, role: str, number: int) -> ChildProcess:
-        return self._service(
-            f"{role}-{number}", role, "--worker-id", f"{role}-{number}", "--num-threads", "1", "--dtype", "float32",
-            *self._flags[role],
-        )  # fmt: skip
+    def add_worker(self, role: str, *flags: str) -> ChildProcess:
+        """Adds one, with flags beside its role's; it starts with the mesh, or where that runs, when it is told to."""
+        workers = self.prefills if role == "prefill" else self.decodes
+        name = f"{role}-{len(workers)}"
+        workers.append(
+            self._service(
+                name, role, "--worker-id", name, "--num-threads", "1", "--dtype", "float32", *self._flags[role], *flags
+            )
+        )
+        return workers[-1]
 
     def _service(self, name: str, module: str, *arguments: str, on: Host | None = None) -> ChildProcess:
         command = (sys.executable, "-m", module, str(self.model), "--redis-url", self.valkey.url, *arguments)

@@ -47,7 +47,6 @@ class Rank:
         self.write(f"rank-{place.rank}", {**pids, "place": json.loads(place.to_json())})
         if self._misdeed in ("fatal", "broken"):
             self._control.failed("no such model", fatal=self._misdeed == "fatal")
-            print("pdmesh: no such model", file=sys.stderr, flush=True)
             return 2 if self._misdeed == "fatal" else 1
         if self._misdeed == "exit":
             return 3

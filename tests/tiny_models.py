@@ -29,6 +29,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
     "rope_llama3_tied": {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": _LLAMA3_ROPE},
+    # For 2, 3, 4 or 6 tensor-parallel ranks, of which 4 hold unequally many.
+    "many_heads": {
+        "hidden_size": 96,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 16,
+        "intermediate_size": 384,
+    },
 }
 
 CHAT_TEMPLATE = (
@@ -43,18 +51,19 @@ def make_tiny_model(directory: Path, shape: str, *, seed: int = 0) -> Path:
     Weights are drawn wide enough that greedy decoding wanders and logits have clear maxima.
     """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        initializer_range=0.35,
-        bos_token_id=256,
-        eos_token_id=EOS_TOKEN_ID,
-        **{"tie_word_embeddings": False, **SHAPES[shape]},
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.35,
+        "bos_token_id": 256,
+        "eos_token_id": EOS_TOKEN_ID,
+        "tie_word_embeddings": False,
+    }
+    config = LlamaConfig(**{**fields, **SHAPES[shape]})
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
     _write_tokenizer(directory)
     return directory

@@ -5,31 +5,25 @@ python -m decode MODEL --tp 2      supervisor: starts the ranks with this same c
     └─ rank 1                      follower
 """
 
-import logging
 import os
 import secrets
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvstore.transfer.senders import TRANSPORTS
-from pdmesh.config import ENV_PREFIX, fail
-from pdmesh.errors import ConfigError, MeshError
-from pdmesh.ranks.control import RankControl
+from kvstore.transfer.transports import TRANSPORTS
+from pdmesh.config import ENV_PREFIX
 from pdmesh.ranks.place import RankPlace
 from pdmesh.ranks.supervisor import supervise
-from pdmesh.server import Service, run
 from worker.config import WorkerConfig
 
 if TYPE_CHECKING:
+    # Late, where they are needed: a supervisor starts its ranks before it could have imported what they compute with.
     from engine.local_engine import LocalEngine
-    from engine.parallel.group import RankGroup
-
-log = logging.getLogger(__name__)
+    from pdmesh.server import Service
 
 # Makes the worker's service around its engine.
-MakeService = Callable[["LocalEngine"], Service]
+MakeService = Callable[["LocalEngine"], "Service"]
 
 
 def run_worker(
@@ -51,11 +45,14 @@ def run_worker(
     """
     place = RankPlace.from_environment()
     if place is not None:
-        _run_rank(config, place, make_service, tuple(transports))
+        from worker.rank import run_rank
+
+        run_rank(config, place, make_service, tuple(transports))
     elif config.group.size > 1:
         raise SystemExit(_supervise(config, module))
     else:
         from engine.local_engine import LocalEngine
+        from pdmesh.server import run
 
         run(lambda: make_service(LocalEngine(config.engine, lend_kv=lend_kv)), drain_s=config.service.drain_s)
 
@@ -64,76 +61,3 @@ def _supervise(config: WorkerConfig, module: str) -> int:
     # One name for all the leader's lives; by the environment, since the ranks of other nodes are not told it.
     os.environ.setdefault(f"{ENV_PREFIX}WORKER_ID", config.worker_id or f"{module}-{secrets.token_hex(3)}")
     return supervise(config.group, (sys.executable, *sys.orig_argv[1:]), module)
-
-
-def _run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService, transports: tuple[str, ...]) -> None:
-    from engine.local_engine import LocalEngine
-    from engine.parallel.group import RankGroup
-
-    group = RankGroup(config.group, place)
-    if not group.leads:
-        _follow(config, group, transports)
-        return
-    # Before the event loop, which it reaches as soon as there is one.
-    engine = LocalEngine(config.engine, group=group)
-    control = RankControl(place.control_fd, engine.give_up)
-    try:
-        run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s)
-    except SystemExit as end:
-        # All is said and closed. As the interpreter ends, torch would wait for ranks that are gone.
-        logging.shutdown()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
-
-
-class _Leader:
-    """A worker's service that tells its supervisor how it fares."""
-
-    def __init__(self, service: Service, control: RankControl) -> None:
-        self._service = service
-        self._control = control
-
-    async def start(self) -> None:
-        try:
-            await self._service.start()
-        except MeshError as error:
-            self._control.failed(error.message, fatal=isinstance(error, ConfigError))
-            raise
-        self._control.ready()
-
-    async def drain_asked(self) -> None:
-        try:
-            await self._service.drain_asked()
-        except MeshError as error:
-            self._control.failed(error.message, fatal=False)
-            raise
-
-    async def drain(self) -> None:
-        await self._service.drain()
-
-    async def close(self) -> None:
-        await self._service.close()
-
-
-def _follow(config: WorkerConfig, group: "RankGroup", transports: tuple[str, ...]) -> None:
-    from engine.parallel.follower import follow
-    from worker.node import move_kv
-
-    # They reach the leader, which drains while its followers go on.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    control = RankControl(group.place.control_fd, lambda reason: os._exit(1))
-    try:
-        follow(
-            config.engine,
-            group,
-            move_kv=lambda kv_cache: move_kv(kv_cache, config.service, transports, group.place),
-        )
-    except ConfigError as error:
-        control.failed(error.message, fatal=True)
-        fail(error.message)
-    except Exception as error:
-        message = error.message if isinstance(error, MeshError) else f"{type(error).__name__}: {error}"
-        log.exception("rank %d cannot go on", group.place.rank)
-        control.failed(message, fatal=False)
-        raise SystemExit(1) from error

@@ -4,9 +4,9 @@ import statistics
 import time
 from collections import defaultdict
 
-import numpy as np
 import torch
 
+from bench.engine.batches import plain_batch
 from engine.assembly import assemble
 from engine.batch import Batch
 from engine.config import EngineConfig
@@ -38,8 +38,8 @@ def measure(config: EngineConfig, *, prompts: tuple[int, ...], decodes: tuple[in
     executor = process._executor if isinstance(process, OneProcess) else None
     if not isinstance(executor, CpuExecutor):
         raise ConfigError("there are no operations to time: the CPU kernels do not serve this model here")
-    report = {f"prefill_{length}": _times(executor, _batch([length], [0])) for length in prompts}
-    report |= {f"decode_b{count}": _times(executor, _batch([1] * count, [CONTEXT] * count)) for count in decodes}
+    report = {f"prefill_{length}": _times(executor, plain_batch([length], [0])) for length in prompts}
+    report |= {f"decode_b{count}": _times(executor, plain_batch([1] * count, [CONTEXT] * count)) for count in decodes}
     return report
 
 
@@ -70,24 +70,3 @@ def _name(operation: Operation) -> str:
         operation.finish
     ]
     return f"product {operation.k} to {operation.n}{finish}"
-
-
-def _batch(query_lens: list[int], context_lens: list[int]) -> Batch:
-    """Sequences with blocks of their own, one after the other; what lies in them matters to nobody."""
-    block_size = 16
-    queries = np.array(query_lens, np.int64)
-    seq_lens = queries + context_lens
-    max_blocks = int(-(-seq_lens.max() // block_size))
-    tables = np.arange(len(queries) * max_blocks).reshape(len(queries), max_blocks)
-    positions = np.concatenate([np.arange(end - count, end) for count, end in zip(queries, seq_lens, strict=True)])
-    owners = np.repeat(np.arange(len(queries)), queries)
-    slots = tables[owners, positions // block_size] * block_size + positions % block_size
-    return Batch(
-        input_ids=torch.from_numpy(positions),
-        positions=torch.from_numpy(positions),
-        slot_mapping=torch.from_numpy(slots),
-        query_lens=queries,
-        seq_lens=seq_lens,
-        block_tables=torch.from_numpy(tables),
-        output_lens=np.ones_like(queries),
-    )

@@ -25,7 +25,7 @@ from bench.handoff.figures import (
 )
 from bench.handoff.measure import Setting, measure
 from bench.machine import machine
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.cli.model_download import smollm2
 from pdmesh.config import fail
 from pdmesh.errors import ConfigError

@@ -18,7 +18,8 @@ from bench.transfer.bare import BareSocket, move_by_stream
 from bench.transfer.memory import PlainMemory
 from bench.transfer.receiving import EPOCH, INCARNATION, REQUEST_ID, hashes, new_journal
 from kvstore.transfer.base import Grant
-from kvstore.transfer.senders import TRANSPORTS, KVSenders
+from kvstore.transfer.senders import KVSenders
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.channels import ChannelPool
 from pdmesh.kv_memory import private_memory
 

@@ -20,7 +20,7 @@ from bench.transfer.bare import BareSockets, BareStreams
 from bench.transfer.memory import PlainMemory
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receiver import IncomingTransfer, ReceiverHub
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.channels import SERVER_OPTIONS
 from pdmesh.hashing import HASH_BYTES, BlockHash
 from pdmesh.server import GrpcServer

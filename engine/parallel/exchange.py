@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 
-from pdmesh.errors import UnavailableError
+from pdmesh.errors import RANK_LOST, UnavailableError
 
 
 class GroupDownError(UnavailableError):
     """A rank of this process's group is lost: the engine cannot go on."""
 
-    reason = "RANK_LOST"
+    reason = RANK_LOST
 
 
 class Exchange(Protocol):

@@ -11,7 +11,8 @@ from engine.kv_cache import KVCache
 from engine.loader import load_model
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
-from engine.parallel.wire import Serve, Serving
+from engine.parallel.staging import copy_region
+from engine.parallel.wire import Serve, Serving, Stage, Staged
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,14 @@ def follow(
         return
     if group.moves_kv:
         made.seal_kv()
-    while (batch := leader.receive()) is not None:
-        if not isinstance(batch, Batch):
-            raise GroupDownError(f"rank 0 sent {type(batch).__name__} in place of a step")
-        made.rank.run(batch)
-        for rows in batch.logit_rows:
-            made.rank.logits(rows)
+    while (message := leader.receive()) is not None:
+        match message:
+            case Batch():
+                made.rank.run(message)
+                for rows in message.logit_rows:
+                    made.rank.logits(rows)
+            case Stage():
+                copy_region(made.kv_cache, message)
+                leader.send(Staged())
+            case _:
+                raise GroupDownError(f"rank 0 sent {type(message).__name__} in place of a step")

@@ -10,7 +10,7 @@ from engine.parallel.batches import micro_batches
 from engine.parallel.exchange import Exchange
 
 # With fewer, the weights that each micro-batch reads anew cost more than the pipeline saves.
-_MIN_MICRO_BATCH_TOKENS = 64
+MIN_MICRO_BATCH_TOKENS = 64
 
 
 class Rank:
@@ -35,7 +35,7 @@ class Rank:
     def run(self, batch: Batch) -> None:
         """Computes the batch's tokens; at the leader, returns when all ranks have. Raises GroupDownError."""
         self._exchange.begin_step()
-        parts = list(micro_batches(batch, self._max_micro_batches, _MIN_MICRO_BATCH_TOKENS))
+        parts = list(micro_batches(batch, self._max_micro_batches, MIN_MICRO_BATCH_TOKENS))
         wanted = []
         for rows, micro_batch in parts:
             hidden = self._executor.forward(micro_batch, self._exchange.receive_hidden(rows))

@@ -7,6 +7,7 @@ followers do not outlive this process, however it ends.
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
             store_fd=store.detach(),
             step_port=0,
             step_fd=None,
-            token="secret",
+            token=secrets.token_hex(16),
             control_fd=control.fileno(),
             step_fds={rank: ours.detach() for rank, (ours, _) in pairs.items()},
             memory_fds=memory_fds,

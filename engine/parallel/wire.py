@@ -5,6 +5,7 @@
     follower ─ Serving ─▶ leader     its cache is mapped, its executor made
     leader ─ Begin ─▶ follower       so it is with all
     leader ─ Batch ─▶ follower       for each step; nothing comes back
+    leader ─ Stage ─▶ follower       between steps, on devices: KV is to be copied; Staged comes back
 
 A message is its kind, its length, and JSON; of a batch, its numbers as they lie in memory.
 """
@@ -12,6 +13,7 @@ A message is its kind, its length, and JSON; of a batch, its numbers as they lie
 import json
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -82,14 +84,27 @@ class Begin:
     """All ranks wait for steps."""
 
 
-_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving, 4: Begin}
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The follower's region of these blocks is to be copied from its device to host memory, or back."""
+
+    block_ids: tuple[int, ...]
+    to_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """So it was."""
+
+
+_MESSAGES: Final[dict[int, type[Any]]] = {1: Loaded, 2: Serve, 3: Serving, 4: Begin, 5: Stage, 6: Staged}
 _KINDS: Final = {message: kind for kind, message in _MESSAGES.items()}
 
-Message = Loaded | Serve | Serving | Begin
+Message = Loaded | Serve | Serving | Begin | Stage | Staged
 
 
 class Wire:
-    """One end; owns the socket. Blocking; raises GroupDownError where the other end is gone.
+    """One end; owns the socket. Blocking; raises GroupDownError where the other end is gone. Any thread may send.
 
     Attributes:
         peer: Who is at the other end, for messages.
@@ -97,6 +112,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self._sock = sock
+        self._sending = threading.Lock()
         self.peer = peer
 
     def send(self, message: Message) -> None:
@@ -122,7 +138,7 @@ class Wire:
             message: Message = _MESSAGES[kind](
                 **{name: _with_tuples(value) for name, value in json.loads(body).items()}
             )
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise GroupDownError(f"{self.peer} sent a broken message of kind {kind}: {error}") from error
         return message
 
@@ -131,8 +147,10 @@ class Wire:
 
     def _send(self, kind: int, pieces: Sequence[bytes | memoryview]) -> None:
         num_bytes = sum(map(len, pieces))
+        message = b"".join((_HEADER.pack(kind, num_bytes), *pieces))
         try:
-            self._sock.sendall(b"".join((_HEADER.pack(kind, num_bytes), *pieces)))
+            with self._sending:
+                self._sock.sendall(message)
         except OSError as error:
             raise GroupDownError(f"{self.peer} is gone: {error}") from error
 

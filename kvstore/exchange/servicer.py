@@ -7,7 +7,7 @@ from kvstore.exchange.shelf import Shelf
 from kvstore.transfer.messages import failed_to_pb, grant_from_pb, offers_from_pb
 from kvstore.transfer.senders import KVSenders
 from kvstore.transfer.shipment import Shipment
-from kvstore.transfer.streams import responses_of
+from kvstore.transfer.streams import acknowledged, responses_of
 from pdmesh.errors import CancelledRequestError, InvalidRequestError, MeshError, PreconditionError
 from pdmesh.hashing import HASH_BYTES, BlockHash
 from pdmesh.tasks import beside
@@ -93,7 +93,9 @@ async def _listen(requests: AsyncIterator[pb.FetchRequest], shipment: Shipment) 
             shipment.granted(request.grant.number, grant_from_pb(request.grant))
         else:
             shipment.alive()
-    raise CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer")
+    await acknowledged(
+        shipment.wait(), CancelledRequestError("the caller closed its side before it had the blocks", stage="transfer")
+    )
 
 
 def parse_hashes(packed: Sequence[bytes]) -> list[BlockHash]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvstore.tiers.config import TierConfig
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.config import ServiceConfig, option
 from pdmesh.errors import ConfigError
 

@@ -3,15 +3,17 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_format import directory_name, slots_within
-from kvstore.tiers.host import HostTier
-from kvstore.tiers.stack import TierStack
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
 from pdmesh.host_memory import available_host_bytes
-from pdmesh.types import PairingFacts
+
+if TYPE_CHECKING:
+    # Late, where they are needed: a supervisor of ranks reads this config, and keeps nothing.
+    from kvstore.tiers.disk import DiskTier
+    from kvstore.tiers.stack import TierStack
+    from pdmesh.types import PairingFacts
 
 _GIB = 1 << 30
 
@@ -41,13 +43,16 @@ class TierConfig:
         if self.kv_disk_gib and not self.kv_host_gib:
             raise ConfigError("blocks reach the disk through host memory: give kv_host_gib as well, 1 for instance")
 
-    def open(self, facts: PairingFacts, block_bytes: int) -> TierStack | None:
+    def open(self, facts: "PairingFacts", block_bytes: int) -> "TierStack | None":
         """The tiers for blocks of `block_bytes` of this model; None where none are wanted.
 
         Raises ConfigError where memory or disk has no room for them, and as DiskTier does.
         """
         if not self.kv_host_gib:
             return None
+        from kvstore.tiers.host import HostTier
+        from kvstore.tiers.stack import TierStack
+
         num_host_blocks = int(self.kv_host_gib * _GIB) // block_bytes
         if num_host_blocks < 1:
             raise ConfigError(f"kv_host_gib has room for no block of {block_bytes} bytes: raise it")
@@ -59,7 +64,10 @@ class TierConfig:
         disk = None if self.kv_disk_dir is None else self._open_disk(Path(self.kv_disk_dir), facts, block_bytes)
         return TierStack(HostTier(num_host_blocks, block_bytes), disk)
 
-    def _open_disk(self, root: Path, facts: PairingFacts, block_bytes: int) -> DiskTier:
+    def _open_disk(self, root: Path, facts: "PairingFacts", block_bytes: int) -> "DiskTier":
+        from kvstore.tiers.disk import DiskTier
+        from kvstore.tiers.disk_format import directory_name, slots_within
+
         num_bytes = int(self.kv_disk_gib * _GIB)
         num_blocks = slots_within(num_bytes, block_bytes)
         if num_blocks < 1:

@@ -13,8 +13,6 @@ library might write to it. That costs one copy within the processor's cache, and
 memory, not KV blocks. It also means that the cache itself is not known to the library, let alone to the network.
 """
 
-import functools
-import importlib.util
 import logging
 import secrets
 import struct
@@ -43,12 +41,6 @@ _REGION = struct.Struct("<QQ")
 MAX_DESCRIPTION_BYTES = 64 * 1024
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
-
-
-@functools.cache
-def is_installed() -> bool:
-    """Whether this installation has the library, the extra `pdmesh[nixl]`; it is not loaded for that."""
-    return importlib.util.find_spec("nixl_cu12") is not None
 
 
 class LentMemory:

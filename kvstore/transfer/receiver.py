@@ -10,11 +10,11 @@ from kvstore.transfer.base import BlockMemory, Grant, KVReceiver, SlicedMemory, 
 from kvstore.transfer.grpc_transport import SERVICE, GrpcReceiver
 from kvstore.transfer.journal import TransferEntry, TransferJournal
 from kvstore.transfer.nixl import NixlReceiver
-from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmReceiver, host_id
 from kvstore.transfer.states import TransferState
 from kvstore.transfer.tcp import TcpReceiver
 from kvstore.transfer.tickets import Incoming, TicketTable
+from kvstore.transfer.transports import HAS_NIXL
 from pdmesh.errors import MeshError, PreconditionError, UnavailableError
 from pdmesh.hashing import BlockHash
 from pdmesh.server import GrpcServer
@@ -51,7 +51,7 @@ class ReceiverHub:
         for name in transports:
             if name == "shm" and host_id():
                 self._receivers[name] = ShmReceiver(self._tickets)
-            elif name == "nixl" and is_installed():
+            elif name == "nixl" and HAS_NIXL:
                 self._receivers[name] = NixlReceiver(memory, self._tickets, host, advertise)
             elif name == "tcp":
                 self._receivers[name] = TcpReceiver(self._tickets, host, advertise)

@@ -11,15 +11,12 @@ from kvstore.transfer.base import BlockMemory, Grant, KVSender, TransportOffer
 from kvstore.transfer.grpc_transport import GrpcSender
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.nixl import NixlLink
-from kvstore.transfer.nixl_agent import is_installed
 from kvstore.transfer.shm import ShmLink, why_unreachable
 from kvstore.transfer.socket_sender import ConnectionPool, Link, SocketSender
 from kvstore.transfer.tcp import TcpLink
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.errors import MeshError, PreconditionError
 
-# Every transport of this installation, best first. nixl after tcp: it is slower within a host (2.3 against 2.8 GiB/s),
-# and a sixth as fast where it has nothing but TCP (0.5 against 2.8); who has RDMA names it first.
-TRANSPORTS = ("shm", "tcp", *(("nixl",) if is_installed() else ()), "grpc")
 # In which a receiver must answer, or its transport counts as one that does not reach it, for a while.
 NEGOTIATION_TIMEOUT_S = 1.0
 UNREACHABLE_S = 10.0

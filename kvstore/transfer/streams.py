@@ -19,6 +19,8 @@ ResponseT = TypeVar("ResponseT")
 
 # In which a peer of whom nothing more is wanted ends its stream by itself; what it still says changes nothing.
 END_TIMEOUT_S = 2.0
+# A receiver that has all acknowledges it over the transport and then ends its stream: either may arrive first.
+_ACKNOWLEDGE_S = 1.0
 
 
 class ClientStream(Generic[RequestT, ResponseT]):
@@ -152,3 +154,15 @@ async def responses_of(
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
+
+
+async def acknowledged(shipped: Awaitable[object], error: MeshError) -> None:
+    """Returns when `shipped` has, on the side that is called, once the caller has ended its stream.
+
+    Raises `error` where that takes long: then the caller has left without having all.
+    """
+    try:
+        async with asyncio.timeout(_ACKNOWLEDGE_S):
+            await shipped
+    except TimeoutError:
+        raise error from None

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pdmesh.cli import words
 from pdmesh.cli.connection import ConnectionConfig
 from pdmesh.cli.screens import show
 from pdmesh.cli.terminal import make_console, plain_table
@@ -77,7 +78,7 @@ def _live(reports: Reports) -> Table:
         for live in report.live[:_MAX_LIVE_SHOWN]:
             table.add_row(
                 worker_id, live.direction.value, Text(live.peer), live.transport, str(live.num_blocks),
-                _bytes(live.num_bytes), _seconds(live.age_s), Text(live.request_id), Text(live.state),
+                words.size(live.num_bytes), _seconds(live.age_s), Text(live.request_id), Text(live.state),
             )  # fmt: skip
         if report.num_live > _MAX_LIVE_SHOWN:
             table.add_row(worker_id, Text(f"{report.num_live - _MAX_LIVE_SHOWN} more", "dim"))
@@ -92,9 +93,9 @@ def _totals(reports: Reports) -> Table:
         for total in report.totals:
             table.add_row(
                 worker_id, total.direction.value, total.transport, str(total.num_done), str(total.num_aborted),
-                Text(str(total.num_failed), "yellow" if total.num_failed else ""), _bytes(total.num_bytes),
+                Text(str(total.num_failed), "yellow" if total.num_failed else ""), words.size(total.num_bytes),
                 _seconds(total.duration_s / total.num_done) if total.num_done else "",
-                f"{_bytes(total.num_bytes / total.duration_s)}/s" if total.duration_s else "",
+                f"{words.size(total.num_bytes / total.duration_s)}/s" if total.duration_s else "",
             )  # fmt: skip
     return table
 
@@ -125,16 +126,9 @@ def _failures(reports: Reports) -> Table:
             outcome = Text(failure.outcome.value.replace("_", " "), _OUTCOME_STYLES.get(failure.outcome, "yellow"))
             table.add_row(
                 worker_id, _ago(failure.age_s), failure.direction.value, Text(failure.peer), failure.transport,
-                outcome, _bytes(failure.num_bytes), Text(failure.request_id), Text(failure.reason),
+                outcome, words.size(failure.num_bytes), Text(failure.request_id), Text(failure.reason),
             )  # fmt: skip
     return table
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _seconds(seconds: float) -> str:

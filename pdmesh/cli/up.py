@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pdmesh import __version__
+from pdmesh.cli import words
 from pdmesh.cli.loading import loading_display
 from pdmesh.cli.terminal import make_console, plain_table
 from pdmesh.config import parse
@@ -109,19 +110,18 @@ def _screen(cluster: LocalCluster, workers: list[WorkerProcess], seconds: float)
 
 def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
     table = plain_table("worker", "role", "pid", "address", "model", "dtype", "KV blocks", "threads", "KV kept")
-    threads = str(cluster.config.threads_per_worker)
     for worker in workers:
         info = worker.info
         assert info is not None, "a cluster that has started knows its workers"
         table.add_row(
             worker.worker_id,
-            info.role.value,
+            words.role(info),
             str(worker.pid),
             info.address,
             info.model.name if info.model else "",
             info.facts.dtype if info.facts else "",
             f"{info.load.num_blocks} × {info.facts.block_size} tokens" if info.facts else "",
-            "" if info.role is Role.STORE else threads,
+            "" if info.role is Role.STORE else _threads(cluster.config, info.tp_size * info.pp_size),
             _kept(cluster.config, info.role),
         )
     addresses = {"router": cluster.address, "valkey": cluster.redis_url}
@@ -129,6 +129,10 @@ def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
         if child.name in addresses:
             table.add_row(child.name, child.name, str(child.pid), addresses[child.name])
     return table
+
+
+def _threads(config: LocalConfig, num_ranks: int) -> str:
+    return f"{num_ranks} × {config.threads_per_rank}" if num_ranks > 1 else str(config.threads_per_rank)
 
 
 def _kept(config: LocalConfig, role: Role) -> str:

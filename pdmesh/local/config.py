@@ -1,5 +1,6 @@
 """What the operator of a local cluster says, checked before anything starts."""
 
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from pdmesh.config import option
 from pdmesh.errors import ConfigError
 from pdmesh.model_source import is_hub_id
+from pdmesh.types import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,10 @@ class LocalConfig:
     prefill: int = option("prefill workers", default=1)
     decode: int = option("decode workers", default=1)
     stores: int = option("stores that keep KV for all workers", default=0)
+    prefill_tp: int = option("ranks of a prefill worker that share every layer (tensor parallel)", default=1)
+    prefill_pp: int = option("stages that a prefill worker's layers are divided into (pipeline parallel)", default=1)
+    decode_tp: int = option("ranks of a decode worker that share every layer", default=1)
+    decode_pp: int = option("stages that a decode worker's layers are divided into", default=1)
     host: str = option("address that the router listens on", default="127.0.0.1")
     port: int = option("port that the router listens on; 0 takes a free one", default=50051)
     metrics_port: int = option(
@@ -31,7 +37,9 @@ class LocalConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
-    num_threads: int | None = option("CPU threads of each worker; default: the cores, divided", default=None)
+    num_threads: int | None = option(
+        "CPU threads of each worker, or of each rank of it; default: the cores, divided", default=None
+    )
     kv_cache_bytes: int | None = option("bytes of KV cache of each worker; default: theirs", default=None)
     kv_host_gib: float = option("GiB of host memory of each worker for KV that left its cache; 0: none", default=0.0)
     kv_disk_gib: float = option("GiB of disk of each worker below that; 0: none", default=0.0)
@@ -56,6 +64,9 @@ class LocalConfig:
             raise ConfigError(f"--decode is {self.decode}: a cluster needs at least one decode worker")
         if self.stores < 0:
             raise ConfigError(f"--stores is {self.stores}: must not be negative")
+        for name in ("prefill_tp", "prefill_pp", "decode_tp", "decode_pp"):
+            if (degree := getattr(self, name)) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {degree}: must be at least 1")
         if (self.kv_disk_dir is not None) != (self.kv_disk_gib > 0 or (self.stores > 0 and self.store_disk_gib > 0)):
             raise ConfigError(
                 "--kv-disk-dir says where, --kv-disk-gib and --store-disk-gib how much each worker and store keeps on "
@@ -74,9 +85,23 @@ class LocalConfig:
         if self.drain_s < 0:
             raise ConfigError(f"--drain-s is {self.drain_s}: must not be negative")
 
+    def degrees(self, role: Role) -> tuple[int, int]:
+        """Tensor-parallel and pipeline-parallel degree of each member of this role."""
+        match role:
+            case Role.PREFILL:
+                return self.prefill_tp, self.prefill_pp
+            case Role.DECODE:
+                return self.decode_tp, self.decode_pp
+            case Role.STORE:
+                return 1, 1
+
     @property
-    def threads_per_worker(self) -> int:
-        return self.num_threads or max(1, num_cores() // (self.prefill + self.decode))
+    def threads_per_rank(self) -> int:
+        """Of each process that computes."""
+        num_ranks = self.prefill * math.prod(self.degrees(Role.PREFILL)) + self.decode * math.prod(
+            self.degrees(Role.DECODE)
+        )
+        return self.num_threads or max(1, num_cores() // num_ranks)
 
     def check_model(self) -> None:
         """Raises ConfigError where the model can be neither a path nor a Hub id."""

@@ -37,11 +37,12 @@ class RankControl:
         self._send({"ready": True})
 
     def failed(self, message: str, *, fatal: bool) -> None:
-        """Why this rank ends; it exits next, having printed what a person should read.
+        """Why this rank ends; it exits next.
 
         Args:
             message: One line.
-            fatal: A person must mend something (a ConfigError): the group is not started again.
+            fatal: A person must mend something (a ConfigError): the group is not started again, and its supervisor
+                prints why, once for all ranks that found it.
         """
         self._send({"failed": message[:MAX_MESSAGE_CHARS], "fatal": fatal})
 

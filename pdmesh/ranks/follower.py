@@ -59,7 +59,7 @@ class FollowerSupervisor:
             self._link.send({"stop": self._stop.count})
 
     async def run(self) -> int:
-        """The exit code. Raises ConfigError where a person must mend something that nobody here has printed."""
+        """The exit code. Raises ConfigError where a person must mend something."""
         while True:
             joined = await self._stop.unless(self._joined())
             if joined is None:
@@ -114,17 +114,16 @@ class FollowerSupervisor:
         judging = asyncio.create_task(self._judged(link, ranks, generation.number))
         try:
             await asyncio.wait((ranks.ended, judging), return_when=asyncio.FIRST_COMPLETED)
-            is_ours = not judging.done()
-            if is_ours:
+            if not judging.done():
                 link.send({"ended": dataclasses.asdict(ranks.ended.result())})
         finally:
             await ranks.take_down("the group ends")
         verdict = await judging
         if verdict.exit_code is None:
             log.warning("%s; waiting for node 0 to start all ranks again", verdict.reason)
-        elif verdict.fatal and not is_ours:
+        elif verdict.fatal:
             raise ConfigError(verdict.reason)
-        elif verdict.exit_code and not verdict.fatal:
+        elif verdict.exit_code:
             log.error("%s; all ranks were ended", verdict.reason)
         return verdict.exit_code
 

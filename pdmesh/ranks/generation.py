@@ -21,7 +21,7 @@ class GroupEnd:
     Attributes:
         reason: One line for a person.
         exit_code: The supervisor's, where the group is not started again; 0: rank 0 has done its work.
-        fatal: A person must mend something first; the rank that found it has printed what.
+        fatal: A person must mend something first; each node's supervisor prints what.
     """
 
     reason: str

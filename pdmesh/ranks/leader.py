@@ -61,7 +61,7 @@ class LeaderSupervisor:
             self._tell({"drains": True})
 
     async def run(self) -> int:
-        """The exit code. Raises ConfigError where a person must mend something that nobody here has printed."""
+        """The exit code. Raises ConfigError where a person must mend something."""
         if self._config.nnodes == 1:
             return await self._run()
         self._rendezvous = Rendezvous(self._config, Hello.of(self._config, self._command), self._on_stop)
@@ -104,13 +104,12 @@ class LeaderSupervisor:
             self._tell({"down": reason, "exit_code": end.exit_code if last else None, "fatal": end.fatal})
             for peer in self._peers:
                 peer.link.close()
-            is_ours = ranks.ended.done() and ranks.ended.result() is end
         finally:
             await ranks.take_down(reason)
             self._ranks = None
-        if last and end.fatal and not is_ours:
+        if last and end.fatal:
             raise ConfigError(end.reason)
-        if last and not end.fatal and not end.done:
+        if last and not end.done:
             log.error("%s; all ranks were ended", end.reason)
         return end, last
 

@@ -40,6 +40,11 @@ class ClusterStub:
                 request_serializer=pdmesh_dot_v1_dot_cluster__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.GetWorkerStatus = channel.unary_unary(
+                '/pdmesh.v1.Cluster/GetWorkerStatus',
+                request_serializer=pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusRequest.SerializeToString,
+                response_deserializer=pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusResponse.FromString,
+                _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/pdmesh.v1.Cluster/DrainWorker',
                 request_serializer=pdmesh_dot_v1_dot_cluster__pb2.DrainWorkerRequest.SerializeToString,
@@ -58,6 +63,13 @@ class ClusterServicer:
 
     def ListWorkers(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetWorkerStatus(self, request, context):
+        """Asks one worker what it holds, and which processes it computes with.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -83,6 +95,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.ListWorkersRequest.FromString,
                     response_serializer=pdmesh_dot_v1_dot_cluster__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'GetWorkerStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWorkerStatus,
+                    request_deserializer=pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusRequest.FromString,
+                    response_serializer=pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
@@ -123,6 +140,33 @@ class Cluster:
             '/pdmesh.v1.Cluster/ListWorkers',
             pdmesh_dot_v1_dot_cluster__pb2.ListWorkersRequest.SerializeToString,
             pdmesh_dot_v1_dot_cluster__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWorkerStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdmesh.v1.Cluster/GetWorkerStatus',
+            pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusRequest.SerializeToString,
+            pdmesh_dot_v1_dot_cluster__pb2.GetWorkerStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,8 @@ class ClusterStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClusterAsyncStub: ...
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListWorkersRequest, _cluster_pb2.ListWorkersResponse]
+    GetWorkerStatus: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.GetWorkerStatusRequest, _cluster_pb2.GetWorkerStatusResponse]
+    """Asks one worker what it holds, and which processes it computes with."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainWorkerRequest, _cluster_pb2.DrainWorkerResponse]
     """Asks one worker to finish what it has, take nothing new, and leave."""
     ListTransfers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ClusterListTransfersRequest, _cluster_pb2.ClusterListTransfersResponse]
@@ -45,6 +47,8 @@ class ClusterAsyncStub(ClusterStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListWorkers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListWorkersRequest, _cluster_pb2.ListWorkersResponse]  # type: ignore[assignment]
+    GetWorkerStatus: _aio.UnaryUnaryMultiCallable[_cluster_pb2.GetWorkerStatusRequest, _cluster_pb2.GetWorkerStatusResponse]  # type: ignore[assignment]
+    """Asks one worker what it holds, and which processes it computes with."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainWorkerRequest, _cluster_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """Asks one worker to finish what it has, take nothing new, and leave."""
     ListTransfers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ClusterListTransfersRequest, _cluster_pb2.ClusterListTransfersResponse]  # type: ignore[assignment]
@@ -59,6 +63,14 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.ListWorkersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.ListWorkersResponse, _abc.Awaitable[_cluster_pb2.ListWorkersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetWorkerStatus(
+        self,
+        request: _cluster_pb2.GetWorkerStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cluster_pb2.GetWorkerStatusResponse, _abc.Awaitable[_cluster_pb2.GetWorkerStatusResponse]]:
+        """Asks one worker what it holds, and which processes it computes with."""
 
     @_abc_1.abstractmethod
     def DrainWorker(

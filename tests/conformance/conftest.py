@@ -7,7 +7,7 @@ import pytest
 from kvstore.directory import (
     Directory,
 )
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from tests.directory_stores import (
     MemoryStore,
     Store,

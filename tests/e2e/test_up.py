@@ -122,6 +122,49 @@ def test_stores_and_tiers_show_what_they_keep(
         assert_gone(family)
 
 
+def test_workers_of_several_ranks_mend_themselves(
+    tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    with up(tiny_model, unused_tcp_port, environment, "--decode-tp", "2", "--prefill-pp", "2") as running:
+        screen = "".join(running.lines_until("Ctrl-C"))
+        for word in ("decode TP 2", "prefill PP 2", "2 × "):
+            assert word in screen
+        family = running.family()
+
+        with Client(running.address) as client:
+            tokens = client.generate("a b", max_tokens=4, temperature=0).token_ids
+            decode, _ = before = [client.worker_status(worker_id) for worker_id in ("decode-0", "prefill-0")]
+            assert [[rank.rank for rank in status.ranks] for status in before] == [[0, 1]] * 2
+            # A rank, which its supervisor mends, so that to `pdmesh up` nothing has happened; and a supervisor, which
+            # `pdmesh up` starts again.
+            psutil.Process(decode.ranks[1].pid).kill()
+            next(process for process in family if "prefill-0" in process.cmdline()).kill()
+            assert "decode-0" not in "".join(running.lines_until("prefill-0 was ended by SIGKILL; starting it again"))
+            for status in before:
+                assert _generates_again(client, status.info.incarnation, status.info.worker_id)
+                after = client.worker_status(status.info.worker_id)
+                assert not {rank.pid for rank in status.ranks} & {rank.pid for rank in after.ranks}
+                assert after.ranks[1].weight_bytes == status.ranks[1].weight_bytes > 0
+            assert client.generate("a b", max_tokens=4, temperature=0).token_ids == tokens
+        family += running.family()
+
+        running.process.send_signal(signal.SIGINT)
+        running.lines_until("Stopping")
+        assert running.process.wait(_END_TIMEOUT_S) == 0
+        assert_gone(family)
+
+
+def test_a_degree_that_the_model_does_not_allow_is_quoted_from_the_worker(
+    tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]
+) -> None:
+    with up(tiny_model, unused_tcp_port, environment, "--decode-tp", "3") as running:
+        output, _ = running.process.communicate(timeout=60)
+        assert running.process.returncode == 2
+    assert "decode-0 could not start: --tp is 3: " in output
+    assert "use 1, 2 or 4\n" in output
+    assert "Traceback" not in output
+
+
 def _held_by_store(client: Client) -> int:
     """Blocks that the store has, once it has any."""
     for _ in range(100):
@@ -132,11 +175,11 @@ def _held_by_store(client: Client) -> int:
     return 0
 
 
-def _generates_again(client: Client, old_incarnation: str) -> bool:
-    """Whether the decode worker's successor answers, in the time that its start may take."""
+def _generates_again(client: Client, old_incarnation: str, worker_id: str = "decode-0") -> bool:
+    """Whether this worker's successor is ready and a request is answered, in the time that its start may take."""
     for _ in range(600):
-        views = [view.info for view in client.workers() if view.info.worker_id == "decode-0"]
-        if views and views[0].incarnation != old_incarnation:
+        views = [view for view in client.workers() if view.info.worker_id == worker_id]
+        if views and views[0].info.incarnation != old_incarnation and not views[0].excluded_because:
             with contextlib.suppress(UnavailableError):
                 return bool(client.generate("a b", max_tokens=2, ignore_eos=True).token_ids)
         time.sleep(0.1)

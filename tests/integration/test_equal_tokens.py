@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from engine.api import EngineRequest
 from engine.config import EngineConfig
 from engine.local_engine import LocalEngine
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.sampling import SamplingParams
 from tests.mesh import Mesh
 from tests.tiny_models import EOS_TOKEN_ID, SHAPES, VOCAB_SIZE, make_tiny_model

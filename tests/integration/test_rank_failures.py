@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from bench.engine.random_llama import llama_config, write_random_llama
 from engine.api import EngineRequest
 from engine.assembly import Assembly, assemble
 from engine.core import EngineCore
@@ -61,14 +64,15 @@ def wait_until(condition: Callable[[], bool], within_s: float) -> None:
 class Stepping(threading.Thread):
     """Steps an engine until that raises."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, request: Request) -> None:
         super().__init__(daemon=True)
         self._core = core
+        self._request = request
         self.num_steps = 0
         self.error: Exception | None = None
 
     def run(self) -> None:
-        self._core.scheduler.add(Request(LONG))
+        self._core.scheduler.add(self._request)
         try:
             while True:
                 self._core.step()
@@ -86,7 +90,7 @@ class Stepping(threading.Thread):
 
 
 def begun(assembly: Assembly) -> Stepping:
-    stepping = Stepping(assembly.core)
+    stepping = Stepping(assembly.core, Request(LONG))
     stepping.start()
     wait_until(lambda: stepping.num_steps > 3, within_s=20.0)
     return stepping
@@ -106,6 +110,36 @@ def test_a_group_that_is_given_up_ends_the_step_that_waits(tiny_model: Path, ker
             assert isinstance(stepping.error, GroupDownError)
             assert stepping.error.message == "rank 1 was lost"
             assert stepping.error.reason == "RANK_LOST"
+
+
+@pytest.mark.slow
+def test_a_long_step_that_is_given_up_is_not_computed_to_its_end(tmp_path: Path) -> None:
+    model = llama_config(
+        "deep", vocab_size=512, hidden_size=512, intermediate_size=2048, num_layers=24, num_heads=8, num_kv_heads=4
+    )
+    of = config(write_random_llama(model, "bfloat16", tmp_path, torch.device("cpu")), num_blocks=100)
+
+    def request() -> Request:
+        draw = torch.randint(512, (230,)).tolist()
+        return Request(EngineRequest("r", tuple(draw), SamplingParams(max_tokens=1)))
+
+    with spawned_group(of, tp=2) as group:
+        assembly = assemble(of, load_model, lambda done, total: None, group=group)
+        durations_s = []
+        for _ in range(2):
+            assembly.core.scheduler.add(request())
+            start = time.monotonic()
+            assembly.core.step()
+            durations_s.append(time.monotonic() - start)
+        with stopped(assembly.ranks[1].pid):
+            stepping = Stepping(assembly.core, request())
+            stepping.start()
+            stepping.waits_in_a_step()
+            start = time.monotonic()
+            group.give_up("rank 1 was lost")
+            stepping.join()
+            assert time.monotonic() - start < min(durations_s) / 5
+            assert isinstance(stepping.error, GroupDownError)
 
 
 def test_gloo_notices_by_itself_that_a_rank_died(tiny_model: Path) -> None:
@@ -142,6 +176,27 @@ def test_requests_fail_at_once_when_a_rank_is_lost(tiny_model: Path) -> None:
                 assert time.monotonic() - start < 1.0
                 with pytest.raises(GroupDownError, match="rank 1 was killed"):
                     engine.generate(LONG)
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_given_up_while_it_starts(tiny_model: Path) -> None:
+    of = config(tiny_model)
+
+    async def run() -> None:
+        with spawned_group(of, tp=2) as group:
+            [follower] = psutil.Process().children()
+            with stopped(follower.pid):
+                engine = LocalEngine(of, group=group)
+                starting = asyncio.create_task(engine.start(lambda done, total: None))
+                await asyncio.sleep(1.0)
+                assert not starting.done()
+                start = time.monotonic()
+                engine.give_up("rank 1 was killed")
+                with pytest.raises(GroupDownError, match="rank 1 was killed"):
+                    await starting
+                await engine.close()
+                assert time.monotonic() - start < 1.0
 
     asyncio.run(run())
 
@@ -211,6 +266,31 @@ def test_sampling_that_fails_between_two_calls_for_logits_leaves_the_ranks_toget
         assert not isinstance(output.event, GroupDownError)
         answers, _ = serve(assembly.core, arrivals())
     assert_same(answers, expected)
+
+
+# Leads a group that is never idle; prints its follower's process id.
+LEADER = """
+import sys
+from pathlib import Path
+from tests.rank_groups import arrivals, config, group_of_ranks, serve
+
+with group_of_ranks(config(Path(sys.argv[1])), tp=2) as assembly:
+    print(assembly.ranks[1].pid, flush=True)
+    while True:
+        serve(assembly.core, arrivals())
+"""
+
+
+def test_followers_do_not_outlive_a_leader_that_is_killed(tiny_model: Path) -> None:
+    command = [sys.executable, "-c", LEADER, str(tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as leader:
+        assert leader.stdout is not None
+        follower = int(leader.stdout.readline())
+        assert not has_ended(follower)
+        # In the middle of a step, where the follower waits for no message.
+        time.sleep(0.2)
+        leader.kill()
+    wait_until(lambda: has_ended(follower), within_s=2.0)
 
 
 def test_a_follower_that_cannot_load_its_part(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -513,16 +513,21 @@ async def test_other_calls(model: Path) -> None:
         assert [(m.name, m.max_model_len) for m in models.models] == [("alias", 512)]
         info = await bed.inference.GetServerInfo(inference_pb2.GetServerInfoRequest())
         assert info.limits.max_text_bytes == 1 << 20
+        asked = await bed.cluster.GetWorkerStatus(cluster_pb2.GetWorkerStatusRequest(worker_id="decode-0"))
+        assert asked.status.info.worker_id == "decode-0"
         await bed.cluster.DrainWorker(cluster_pb2.DrainWorkerRequest(worker_id="decode-0"))
         assert worker.drained
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await bed.cluster.DrainWorker(cluster_pb2.DrainWorkerRequest(worker_id="nobody"))
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        for call in (
+            bed.cluster.DrainWorker(cluster_pb2.DrainWorkerRequest(worker_id="nobody")),
+            bed.cluster.GetWorkerStatus(cluster_pb2.GetWorkerStatusRequest(worker_id="nobody")),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert "known: decode-0" in (caught.value.details() or "")
 
 
-async def test_to_drain_a_worker_that_is_gone_blames_the_worker_not_the_router(
-    model: Path, unused_tcp_port: int
-) -> None:
+async def test_of_a_worker_that_is_gone_the_worker_is_blamed_not_the_router(model: Path, unused_tcp_port: int) -> None:
     directory = MemoryDirectory()
     worker = FakeDecode(directory, "decode-0")
     async with routing(model, worker) as bed:
@@ -532,11 +537,12 @@ async def test_to_drain_a_worker_that_is_gone_blames_the_worker_not_the_router(
         try:
             await bed.until_known(2)
             async with AsyncClient(bed.service.address) as client:
-                with pytest.raises(UnavailableError, match=f"gone does not answer at {gone.address}") as caught:
-                    await client.drain("gone")
+                for call in (client.drain("gone"), client.worker_status("gone")):
+                    with pytest.raises(UnavailableError, match=f"gone does not answer at {gone.address}") as caught:
+                        await call
+                    assert caught.value.reason == "WORKER_UNREACHABLE"
         finally:
             await announcer.stop()
-    assert caught.value.reason == "WORKER_UNREACHABLE"
 
 
 async def test_transfers_are_told_of_all_workers_though_one_is_silent(model: Path) -> None:

@@ -3,6 +3,8 @@
 // Residuals and sums are float32; what a product reads (normed rows, attention's output, activations)
 // and K and V are the weights' type. The C interface is mirrored in engine/cpu/library.py.
 
+#include <limits>
+
 #include "attention.h"
 #include "group.h"
 #include "matrix.h"
@@ -79,7 +81,17 @@ class StepRun {
     wanted_tiles_ = query_tiles(wanted_, group_);
   }
 
-  void run(Team& team, const Operation& operation) const {
+  // Runs the operations, on every thread of the team. A group that is given up ends this with its next sum.
+  void run(Team& team, const Operation* operations, int64_t num_operations) {
+    for (int64_t i = 0; i < num_operations; ++i) {
+      run(team, operations[i], i);
+      // The thread that noticed may be further on by now: all of them leave after the same operation.
+      if (last_.load(std::memory_order_relaxed) <= i) return;
+    }
+  }
+
+ private:
+  void run(Team& team, const Operation& operation, int64_t index) {
     switch (operation.kind) {
       case Kind::kEmbed:
         return embed(team, operation);
@@ -92,11 +104,10 @@ class StepRun {
       case Kind::kSelect:
         return select(team, operation);
       case Kind::kReduce:
-        return reduce(team, operation);
+        return reduce(team, operation, index);
     }
   }
 
- private:
   static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
 
   int64_t num_rows(const Operation& op) const {
@@ -191,13 +202,15 @@ class StepRun {
   }
 
   // Adds up all ranks' rows of n float32 values, in place of the output or on top of it.
-  void reduce(Team& team, const Operation& op) const {
+  void reduce(Team& team, const Operation& op, int64_t index) {
     const int num_ranks = decoder_.group ? decoder_.group->size : 1;
     if (num_ranks > 1) {
       // This rank's rows are whole: the team has met after what wrote them.
       const uint32_t number = decoder_.group->num_meetings + uint32_t(op.first) + 1;
       if (team.is_first()) decoder_.group->come(number);
       decoder_.group->wait(number);
+      if (team.is_first() && decoder_.group->given_up->load(std::memory_order_relaxed))
+        last_.store(index, std::memory_order_relaxed);
     }
     team.for_each(num_rows(op), [&](int64_t row) {
       float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
@@ -218,15 +231,15 @@ class StepRun {
   std::vector<Sequence> sequences_, wanted_;
   std::vector<QueryTile> tiles_, wanted_tiles_;
   std::vector<int64_t> output_rows_;
+  // The operation after which the rest is left out; written by the first thread before it meets the others there.
+  std::atomic<int64_t> last_{std::numeric_limits<int64_t>::max()};
 };
 
 template <class Element>
 void run(const Decoder& decoder, const Step& step, const Operation* operations, int64_t num_operations,
          int num_threads) {
-  const StepRun<Element> step_run(decoder, step);
-  run_team(num_threads, [&](Team& team) {
-    for (int64_t i = 0; i < num_operations; ++i) step_run.run(team, operations[i]);
-  });
+  StepRun<Element> step_run(decoder, step);
+  run_team(num_threads, [&](Team& team) { step_run.run(team, operations, num_operations); });
   if (decoder.group)
     for (int64_t i = 0; i < num_operations; ++i) decoder.group->num_meetings += operations[i].kind == Kind::kReduce;
 }

@@ -22,15 +22,15 @@ static_assert(sizeof(Word) == 4 && Word::is_always_lock_free);
 constexpr int kWordsPerLine = 16;
 
 // Waits until `word` has come to `value`, counting around zero. Returns false if the group was given up meanwhile.
-// Usually it is microseconds. Who waits longer than a scheduler's slice has nothing to gain by keeping its core.
+// Usually it is microseconds. Who waits longer may keep its core from the very rank that it waits for: it yields, which
+// costs as little as spinning where nobody else wants the core, and after some milliseconds sleeps.
 inline bool wait_for(const Word& word, uint32_t value, const Word& given_up) {
   for (int spins = 0; int32_t(word.load(std::memory_order_acquire) - value) < 0; ++spins) {
-    if (spins < 20000) {
+    if (spins % 256 == 255 && given_up.load(std::memory_order_relaxed)) return false;
+    if (spins < 1000)
       _mm_pause();
-    } else {
-      if (given_up.load(std::memory_order_relaxed)) return false;
-      spins < 22000 ? void(sched_yield()) : void(usleep(50));
-    }
+    else
+      spins < 10000 ? void(sched_yield()) : void(usleep(50));
   }
   return true;
 }

@@ -4,7 +4,7 @@ import pytest
 
 from bench.transfer.__main__ import ratios
 from bench.transfer.measure import Samples, measure
-from kvstore.transfer.senders import TRANSPORTS
+from kvstore.transfer.transports import TRANSPORTS
 
 
 async def test_every_way_moves_blocks_to_another_process() -> None:

@@ -15,16 +15,17 @@ from engine.config import EngineConfig
 from kvstore.tiers.config import TierConfig
 from kvstore.transfer.base import Grant, TransportOffer, crc32c
 from kvstore.transfer.frames import Frame, FrameType
-from kvstore.transfer.nixl_agent import LentMemory, Peer, RemoteReader, is_installed
+from kvstore.transfer.nixl_agent import LentMemory, Peer, RemoteReader
 from kvstore.transfer.receiver import ReceiverHub
+from kvstore.transfer.transports import HAS_NIXL
 from pdmesh.config import ServiceConfig
 from pdmesh.errors import ConfigError, CorruptionError, UnavailableError
 from pdmesh.v1 import kv_transfer_pb2 as pb
 from tests.kv_endpoints import EPOCH, INCARNATION, REQUEST_ID, endpoints, hash_of, new_journal
 from worker.config import WorkerConfig
 
-needs_nixl = pytest.mark.skipif(not is_installed(), reason="needs pip install 'pdmesh[nixl]'")
-needs_its_absence = pytest.mark.skipif(is_installed(), reason="of an installation without nixl")
+needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="needs pip install 'pdmesh[nixl]'")
+needs_its_absence = pytest.mark.skipif(HAS_NIXL, reason="of an installation without nixl")
 
 PATIENCE_S = 8.0
 MIB = 1024 * 1024

@@ -14,9 +14,9 @@ from kvstore.nodes.flows import planned_flows
 from kvstore.nodes.remote import RemoteReceipt, RemoteShipment
 from kvstore.transfer.base import TransferStats
 from kvstore.transfer.receipt import Receipt
-from kvstore.transfer.senders import TRANSPORTS
 from kvstore.transfer.shipment import Shipment
 from kvstore.transfer.streams import ClientStream
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.channels import ChannelPool
 from pdmesh.errors import InvalidRequestError, MeshError, PreconditionError, TicketError, UnavailableError
 from pdmesh.v1 import kv_node_pb2 as pb

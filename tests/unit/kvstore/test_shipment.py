@@ -9,8 +9,8 @@ import pytest
 
 from kvstore.transfer import shipment
 from kvstore.transfer.base import Grant
-from kvstore.transfer.senders import TRANSPORTS
 from kvstore.transfer.shipment import Shipment
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.errors import MeshError, UnavailableError
 from tests.fault_proxy import FaultProxy
 from tests.kv_endpoints import REQUEST_ID, Endpoints, endpoints, hashes

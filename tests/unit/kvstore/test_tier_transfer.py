@@ -6,7 +6,8 @@ import pytest
 
 from kvstore.tiers.host import HostTier
 from kvstore.transfer.receiver import ReceiverHub
-from kvstore.transfer.senders import TRANSPORTS, KVSenders
+from kvstore.transfer.senders import KVSenders
+from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.channels import ChannelPool
 from pdmesh.server import GrpcServer
 from tests.kv_endpoints import new_journal

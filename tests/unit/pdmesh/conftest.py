@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest_asyncio
 
-from pdmesh.errors import OverloadedError
+from pdmesh.errors import NotFoundError, OverloadedError
 from pdmesh.server import GrpcServer
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -72,11 +72,19 @@ class OneWorkerCluster(cluster_pb2_grpc.ClusterServicer):
         )
         self.workers = [cluster_pb2.WorkerView(info=loading, age_s=0.5, excluded_because="loading")]
         self.transfers = cluster_pb2.ClusterListTransfersResponse()
+        self.status = cluster_pb2.GetStatusResponse(info=loading)
 
     async def ListWorkers(
         self, request: cluster_pb2.ListWorkersRequest, context: Any
     ) -> cluster_pb2.ListWorkersResponse:
         return cluster_pb2.ListWorkersResponse(workers=self.workers)
+
+    async def GetWorkerStatus(
+        self, request: cluster_pb2.GetWorkerStatusRequest, context: Any
+    ) -> cluster_pb2.GetWorkerStatusResponse:
+        if request.worker_id != self.status.info.worker_id:
+            raise NotFoundError(f"no worker {request.worker_id!r}; known: {self.status.info.worker_id}")
+        return cluster_pb2.GetWorkerStatusResponse(status=self.status)
 
     async def ListTransfers(
         self, request: cluster_pb2.ClusterListTransfersRequest, context: Any

@@ -95,6 +95,54 @@ async def test_status_json(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> N
     ]
 
 
+def status_of_two_ranks() -> cluster_pb2.GetStatusResponse:
+    load = Load(num_blocks=512, num_free_blocks=500)
+    info = WorkerInfo("d0", "i", Role.DECODE, WorkerState.READY, "h:1", load=load, tp_size=2)
+    return cluster_pb2.GetStatusResponse(
+        info=info.to_pb(), num_requests=3, num_leases=2, num_tickets=1, num_cached_blocks=40, uptime_s=90, num_steps=7,
+        ranks=[
+            cluster_pb2.RankStatus(rank=0, host="10.0.0.1", pid=11, weight_bytes=70_000_000, kv_bytes=500_000),
+            cluster_pb2.RankStatus(rank=1, host="10.0.0.2", pid=12, weight_bytes=65_000_000, kv_bytes=500_000),
+        ],
+    )  # fmt: skip
+
+
+async def test_status_of_one_worker_has_its_ranks(
+    pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    echo.cluster.status = status_of_two_ranks()
+    assert await pdmesh("status", "d0") == 0
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        "worker d0 decode TP 2 ready at h:1 up 1 min 30 s",
+        "requests 3 steps 7 leases 2 tickets 1 blocks 500 of 512 free, 40 of these hold KV",
+        "",
+        "rank host pid weights KV cache",
+        "0 10.0.0.1 11 70.0 MB 500.0 kB",
+        "1 10.0.0.2 12 65.0 MB 500.0 kB",
+    ]
+
+
+async def test_status_of_one_worker_as_json(pdmesh: Run, echo: EchoServer, capsys: pytest.CaptureFixture[str]) -> None:
+    echo.cluster.status = status_of_two_ranks()
+    assert await pdmesh("status", "d0", "--json") == 0
+    status = json.loads(capsys.readouterr().out)
+    assert [rank["weight_bytes"] for rank in status["ranks"]] == [70_000_000, 65_000_000]
+    assert (status["info"]["tp_size"], status["num_steps"]) == (2, 7)
+
+
+async def test_status_of_a_worker_without_ranks_shows_none(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("status", "w") == 0
+    head, held = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["worker", "w", "decode"]
+    assert held.startswith("requests 0")
+
+
+async def test_status_of_nobody_names_those_who_are(pdmesh: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await pdmesh("status", "nobody") == 1
+    assert capsys.readouterr().err == "pdmesh: no worker 'nobody'; known: w\n"
+
+
 def report_of_everything() -> cluster_pb2.ClusterListTransfersResponse:
     report = cluster_pb2.TransferReport(
         num_live=1,

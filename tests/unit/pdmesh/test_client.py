@@ -109,7 +109,9 @@ async def test_the_smaller_calls(echo: EchoServer) -> None:
         assert [model.name for model in await client.models()] == ["echo"]
         info = await client.server_info()
         (view,) = await client.workers()
+        status = await client.worker_status("w")
         await client.drain("w")
+    assert (status.info.worker_id, status.ranks) == ("w", ())
     assert (info.version, info.max_active_requests, info.limits.max_n) == ("1.2.3", 8, 16)
     assert (view.info.role, view.info.state, view.info.loaded_bytes) == (Role.DECODE, WorkerState.LOADING, 1)
     assert (view.age_s, view.excluded_because) == (0.5, "loading")

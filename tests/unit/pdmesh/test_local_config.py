@@ -103,10 +103,27 @@ def test_a_socket_path_that_no_socket_takes_is_refused(tmp_path: Path) -> None:
         cluster_commands(LocalConfig(model="m"), 1, tmp_path / ("x" * 100))
 
 
-def test_cores_are_divided_among_workers() -> None:
-    assert LocalConfig(model="m", prefill=0, decode=1).threads_per_worker == num_cores()
-    assert LocalConfig(model="m", prefill=500, decode=500).threads_per_worker == 1
-    assert LocalConfig(model="m", num_threads=3).threads_per_worker == 3
+def test_cores_are_divided_among_all_ranks() -> None:
+    assert LocalConfig(model="m", prefill=0, decode=1).threads_per_rank == num_cores()
+    assert LocalConfig(model="m", prefill=500, decode=500).threads_per_rank == 1
+    assert LocalConfig(model="m", num_threads=3, decode_tp=2).threads_per_rank == 3
+
+
+def test_several_ranks_share_what_one_worker_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pdmesh.local.config.num_cores", lambda: 96)
+    config = LocalConfig(model="m", prefill=2, prefill_tp=2, prefill_pp=3, decode=3, decode_tp=4)
+    assert config.threads_per_rank == 96 // (2 * 6 + 3 * 4)
+
+
+def test_each_role_has_degrees_of_its_own(tmp_path: Path) -> None:
+    config = LocalConfig(model="m", decode=2, prefill_pp=3, decode_tp=2, num_threads=5)
+    commands = cluster_commands(config, 1, tmp_path)
+    degrees = {
+        name: (argument(spec.command, "--tp"), argument(spec.command, "--pp"))
+        for name, spec in commands.workers.items()
+    }
+    assert degrees == {"prefill-0": ("1", "3"), "decode-0": ("2", "1"), "decode-1": ("2", "1")}
+    assert {argument(spec.command, "--num-threads") for spec in commands.workers.values()} == {"5"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +132,10 @@ def test_cores_are_divided_among_workers() -> None:
         {"decode": 0},
         {"prefill": -1},
         {"stores": -1},
+        {"prefill_tp": 0},
+        {"prefill_pp": 0},
+        {"decode_tp": -1},
+        {"decode_pp": 0},
         {"num_threads": 0},
         {"port": 65536},
         {"metrics_port": 65534},
