@@ -97,7 +97,7 @@ class Handoff:
         self._nodes = nodes
         self._channels = channels
         # Streams of which nothing is wanted any more, on their way to a good end.
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[bool]] = set()
 
     async def run(
         self,

@@ -228,6 +228,13 @@ class Engine(Protocol):
         """Ends every stream with UnavailableError and joins the thread."""
         ...
 
+    def give_up(self, reason: str) -> None:
+        """Ends an engine of several ranks, one of which is lost: all that it was asked fails with `reason` at once.
+
+        Called on any thread, at any time.
+        """
+        ...
+
     async def wait_ended(self) -> MeshError:
         """Returns, with the reason, once the engine has ended, by `close` or by a defect; it serves nothing then."""
         ...

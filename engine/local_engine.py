@@ -161,10 +161,6 @@ class LocalEngine:
         await asyncio.to_thread(self._thread.join, timeout_s)
 
     def give_up(self, reason: str) -> None:
-        """Ends the engine because a rank of its group is lost: every request fails with `reason` at once.
-
-        Called on any thread, at any time.
-        """
         assert self._group is not None
         self._group.give_up(reason)
         self._thread.stop()

@@ -19,6 +19,7 @@ from pdmesh.errors import MeshError
 from pdmesh.health import is_serving
 from pdmesh.local.child import ChildProcess, ChildSpec
 from pdmesh.v1 import cluster_pb2, cluster_pb2_grpc
+from tests.hosts import Host
 from tests.leaks import held_by_workers
 from tests.valkey import ValkeyServer
 
@@ -51,6 +52,24 @@ class ProcessMesh:
         for role, num_workers in (("prefill", num_prefill), ("decode", num_decode)):
             for _ in range(num_workers):
                 self.add_worker(role)
+        # The processes of workers that are spread over hosts, by worker id.
+        self.groups: dict[str, list[ChildProcess]] = {}
+
+    def add_group(self, worker_id: str, role: str, hosts: Sequence[Host], *arguments: str) -> list[ChildProcess]:
+        """A worker with a node on each of these hosts; before the mesh is entered."""
+        rendezvous = f"{hosts[0].link_address}:{29400 + len(self.groups)}"
+        common = (
+            "--worker-id", worker_id, "--num-threads", "1", "--dtype", "float32", "--nnodes", str(len(hosts)),
+            "--rendezvous", rendezvous, *self._flags[role], *arguments,
+        )  # fmt: skip
+        nodes = []
+        for node_rank, host in enumerate(hosts):
+            # What each node is told by itself comes last: it overrules.
+            own = ("--host", host.address, "--advertise", host.address, "--node-rank", str(node_rank))
+            service = self._service(f"{worker_id}-node-{node_rank}", role, *common, *own, on=host)
+            nodes.append(service)
+        self.groups[worker_id] = nodes
+        return nodes
 
     def add_worker(self, role: str, *flags: str) -> ChildProcess:
         """Adds one, with flags beside its role's; it starts with the mesh, or where that runs, when it is told to."""
@@ -63,13 +82,16 @@ class ProcessMesh:
         )
         return workers[-1]
 
-    def _service(self, name: str, module: str, *arguments: str) -> ChildProcess:
+    def _service(self, name: str, module: str, *arguments: str, on: Host | None = None) -> ChildProcess:
         command = (sys.executable, "-m", module, str(self.model), "--redis-url", self.valkey.url, *arguments)
+        if on is not None:
+            command = on.command(*command)
         return ChildProcess(ChildSpec(name, command, {"OMP_NUM_THREADS": "1"}), self._run_dir)
 
     @property
     def children(self) -> list[ChildProcess]:
-        return [self.router, *self.prefills, *self.decodes]
+        nodes = [node for group in self.groups.values() for node in group]
+        return [self.router, *self.prefills, *self.decodes, *nodes]
 
     async def __aenter__(self) -> Self:
         self.valkey.__enter__()
@@ -104,7 +126,7 @@ class ProcessMesh:
 
     async def all_ready(self) -> bool:
         views = await self.workers()
-        expected = {child.name for child in (*self.prefills, *self.decodes)}
+        expected = {child.name for child in (*self.prefills, *self.decodes)} | self.groups.keys()
         usable = {worker_id for worker_id, view in views.items() if not view.excluded_because}
         return usable == expected and await self.serving()
 

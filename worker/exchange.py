@@ -42,8 +42,10 @@ class WorkerExchange:
         self.hub = ReceiverHub(memory, transports, host.server, listen.host, listen.advertised_host, host.journal)
         host.num_tickets = lambda: self.hub.num_open_tickets
         self.senders = KVSenders(memory, host.incarnation, self.channels.get, host.journal, transports)
-        self.receiving = ReceivingNodes(lambda: engine.kv_nodes, self.hub, self.channels, host.journal)
-        self.sending = SendingNodes(lambda: engine.kv_nodes, memory, self.senders, host.incarnation, self.channels)
+        self.receiving = ReceivingNodes(lambda: engine.kv_nodes, self.hub, self.channels, host.journal, engine.give_up)
+        self.sending = SendingNodes(
+            lambda: engine.kv_nodes, memory, self.senders, host.incarnation, self.channels, engine.give_up
+        )
         self._fetcher = BlockFetcher(host.worker_id, self.hub, host.journal, self.channels)
         speeds = Speeds(lambda: engine.status().prefill_token_s)
         self.prefixes = Prefixes(engine, lambda: host.tiers, self._fetcher, speeds)

@@ -6,6 +6,7 @@ Each tells its supervisor why it ends, which prints what a person must mend.
 import logging
 import os
 import signal
+import sys
 from typing import NoReturn
 
 from engine.local_engine import LocalEngine
@@ -31,7 +32,13 @@ def run_rank(config: WorkerConfig, place: RankPlace, make_service: MakeService, 
     # Before the event loop, which it reaches as soon as there is one.
     engine = LocalEngine(config.engine, group=group)
     control = RankControl(place.control_fd, engine.give_up)
-    run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s, refuse=_refuse)
+    try:
+        run(lambda: _Leader(make_service(engine), control), drain_s=config.service.drain_s, refuse=_refuse)
+    except SystemExit as end:
+        # All is said and closed. As the interpreter ends, torch would wait for ranks that are gone.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -39,7 +39,8 @@ class RankGroup:
         self._exchange: Exchange | None = None
         self._given_up = ""
         self._listener = None if place.step_fd is None else socket.socket(fileno=place.step_fd)
-        self._local = {rank: socket.socket(fileno=fd) for rank, fd in place.step_fds.items()}
+        # To other ranks, by theirs; those of this node are connected already.
+        self._socks = {rank: socket.socket(fileno=fd) for rank, fd in place.step_fds.items()}
 
     @property
     def leads(self) -> bool:
@@ -115,34 +116,35 @@ class RankGroup:
 
     def to_followers(self) -> list[Wire]:
         """At the leader: to each follower, by rank. Waits for those of other nodes. Raises GroupDownError."""
-        socks = dict(self._local)
-        while len(socks) < self.place.size - 1:
+        while len(self._socks) < self.place.size - 1:
             assert self._listener is not None
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
                 raise self._down() from error
-            if (rank := self._greeted(sock)) is None or rank in socks:
+            if (rank := self._greeted(sock)) is None or rank in self._socks:
                 sock.close()
             else:
-                socks[rank] = sock
-        return [Wire(_prompt(socks[rank]), f"rank {rank}") for rank in sorted(socks)]
+                self._socks[rank] = sock
+        self._check()
+        return [Wire(_prompt(self._socks[rank]), f"rank {rank}") for rank in sorted(self._socks)]
 
     def to_leader(self) -> Wire:
         """At a follower. Raises GroupDownError."""
-        sock = self._local.get(_LEADER)
-        if sock is None:
+        if _LEADER not in self._socks:
             try:
                 sock = socket.create_connection((self.place.leader_host, self.place.step_port))
+                self._socks[_LEADER] = sock
                 sock.sendall(self._greeting(self.place.rank))
             except OSError as error:
                 raise GroupDownError(f"rank 0 cannot be reached: {error}") from error
-        return Wire(_prompt(sock), "rank 0")
+        self._check()
+        return Wire(_prompt(self._socks[_LEADER]), "rank 0")
 
     def give_up(self, reason: str) -> None:
         """Has whatever waits for another rank end with GroupDownError, now and from now on."""
         self._given_up = reason
-        for sock in (self._listener, *self._local.values()):
+        for sock in (self._listener, *self._socks.copy().values()):
             with contextlib.suppress(OSError):
                 if sock is not None:
                     sock.shutdown(socket.SHUT_RDWR)
@@ -150,7 +152,7 @@ class RankGroup:
             self._exchange.give_up(reason)
 
     def close(self) -> None:
-        for sock in (self._listener, *self._local.values()):
+        for sock in (self._listener, *self._socks.values()):
             if sock is not None:
                 sock.close()
 

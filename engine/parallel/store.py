@@ -23,7 +23,7 @@ _GREETING_TIMEOUT_S: Final = 5.0
 
 
 def open_store(place: RankPlace) -> Store:
-    """This rank's end of its group's store. Raises RuntimeError where the leader cannot be reached."""
+    """This rank's end of its group's store."""
     if place.store_fd is not None:
         return LeaderStore(socket.socket(fileno=place.store_fd), place.token)
     return FollowerStore(place.leader_host, place.store_port, place.token)
@@ -68,29 +68,23 @@ class LeaderStore(Store):
             "check": lambda asked: self.check(asked["keys"]),
             "wait": lambda asked: self.wait(asked["keys"]),
         }
-        with sock, sock.makefile("rwb") as stream, contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with sock, contextlib.suppress(OSError, ValueError, KeyError, TypeError), sock.makefile("rwb") as stream:
             sock.settimeout(_GREETING_TIMEOUT_S)
             if not hmac.compare_digest(stream.readline(_MAX_LINE_BYTES).strip(), self._token.encode()):
                 return
-            sock.settimeout(None)
-            while line := stream.readline(_MAX_LINE_BYTES):
-                asked = json.loads(line)
-                answer = answers[asked["do"]](asked)
-                stream.write(json.dumps(answer).encode() + b"\n")
-                stream.flush()
+            asked = json.loads(stream.readline(_MAX_LINE_BYTES))
+            stream.write(json.dumps(answers[asked["do"]](asked)).encode() + b"\n")
 
 
 class FollowerStore(Store):
-    """Asks the leader. Raises RuntimeError, as torch's own stores do, where that is gone."""
+    """Asks the leader. Raises RuntimeError, as torch's own stores do, where that is gone.
+
+    Each question has a connection of its own: torch asks on several threads, and one may wait for what another sets.
+    """
 
     def __init__(self, host: str, port: int, token: str) -> None:
         super().__init__()
-        self._asking = threading.Lock()
-        try:
-            self._stream = socket.create_connection((host, port)).makefile("rwb")
-            self._stream.write(token.encode() + b"\n")
-        except OSError as error:
-            raise RuntimeError(f"rank 0 cannot be reached at {host}:{port}: {error}") from error
+        self._host, self._port, self._token = host, port, token
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
         self._ask(do="set", key=key, value=base64.b64encode(value).decode())
@@ -106,12 +100,12 @@ class FollowerStore(Store):
 
     def _ask(self, **asked: object) -> Any:
         try:
-            with self._asking:
-                self._stream.write(json.dumps(asked).encode() + b"\n")
-                self._stream.flush()
-                answer = self._stream.readline(_MAX_LINE_BYTES)
+            with socket.create_connection((self._host, self._port)) as sock, sock.makefile("rwb") as stream:
+                stream.write(f"{self._token}\n{json.dumps(asked)}\n".encode())
+                stream.flush()
+                answer = stream.readline(_MAX_LINE_BYTES)
         except OSError as error:
-            raise RuntimeError(f"rank 0 is gone: {error}") from error
+            raise RuntimeError(f"rank 0 cannot be reached at {self._host}:{self._port}: {error}") from error
         if not answer:
             raise RuntimeError("rank 0 closed the connection")
         return json.loads(answer)

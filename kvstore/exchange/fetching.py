@@ -47,7 +47,7 @@ class BlockFetcher:
         self._journal = journal
         self._channels = channels
         self._numbers = itertools.count()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[bool]] = set()
 
     async def fetch(
         self,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from kvstore.nodes.flows import Flow, Receiver, check_flows
-from kvstore.nodes.remote import RemoteReceipt
+from kvstore.nodes.remote import OnNodeLost, RemoteReceipt
 from kvstore.transfer.base import Grant, TransferStats, TransportOffer
 from kvstore.transfer.journal import TransferJournal
 from kvstore.transfer.receipt import Expected, Receipt
@@ -33,6 +33,7 @@ class ReceivingNodes:
         hub: Receives here.
         channels: To the other nodes.
         journal: Told of transports that gave way to the next.
+        on_lost: Told of a node that is; this worker must not go on then.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class ReceivingNodes:
         hub: ReceiverHub,
         channels: ChannelPool,
         journal: TransferJournal,
+        on_lost: OnNodeLost,
     ) -> None:
         self._nodes = nodes
         self._hub = hub
         self._channels = channels
         self._journal = journal
+        self._on_lost = on_lost
 
     @property
     def receivers(self) -> tuple[Receiver, ...]:
@@ -61,7 +64,7 @@ class ReceivingNodes:
         node = self._nodes()[receiver]
         if not node.address:
             return Receipt(self._hub, self._journal)
-        return RemoteReceipt(self._channels.get(node.address), node)
+        return RemoteReceipt(self._channels.get(node.address), node, self._on_lost)
 
 
 class Arrival:

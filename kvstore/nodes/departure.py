@@ -6,12 +6,12 @@ from typing import Protocol
 
 from kvstore.nodes.arrival import summed
 from kvstore.nodes.flows import Flow, Receiver, planned_flows
-from kvstore.nodes.remote import RemoteShipment
+from kvstore.nodes.remote import OnNodeLost, RemoteShipment
 from kvstore.transfer.base import BlockMemory, Grant, SlicedMemory, TransferStats
 from kvstore.transfer.senders import KVSenders, Negotiation
 from kvstore.transfer.shipment import Shipment
 from pdmesh.channels import ChannelPool
-from pdmesh.errors import MeshError
+from pdmesh.errors import InvalidRequestError, MeshError
 from pdmesh.hashing import BlockHash
 from pdmesh.tasks import settled
 from pdmesh.types import BlockRun, KVNode
@@ -36,6 +36,7 @@ class SendingNodes:
         senders: Of this process.
         incarnation: The worker's, to which tickets are bound.
         channels: To the other nodes.
+        on_lost: Told of a node that is; this worker must not go on then.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class SendingNodes:
         senders: KVSenders,
         incarnation: str,
         channels: ChannelPool,
+        on_lost: OnNodeLost,
     ) -> None:
         self._nodes = nodes
         self._memory = memory
         self._senders = senders
         self._incarnation = incarnation
         self._channels = channels
+        self._on_lost = on_lost
 
     def departure(
         self,
@@ -65,7 +68,11 @@ class SendingNodes:
             request_id: To which tickets are bound.
             receiver_id: The worker at the other end.
             on_failed: Told of each grant that came to nothing: of which flow, its number, and why.
+
+        Raises InvalidRequestError where nobody is to receive anything.
         """
+        if not receivers:
+            raise InvalidRequestError("a prompt's KV needs a receiver", stage="transfer")
         return Departure(
             [
                 self._flow(place, node, receivers[receiver], receiver, run, request_id, receiver_id, on_failed)
@@ -97,6 +104,7 @@ class SendingNodes:
                 run,
                 receiver.offers,
                 on_flow_failed,
+                self._on_lost,
             )
             return _DepartingFlow(receiver_place, run, remote, asyncio.create_task(remote.negotiated()))
         whole = run == BlockRun(0, self._memory.block_bytes)

@@ -50,6 +50,8 @@ def planned_flows(senders: Sequence[KVNode], receivers: Sequence[Receiver]) -> l
 
 def check_flows(flows: Sequence[Flow], receivers: Sequence[Receiver]) -> None:
     """Raises PreconditionError unless these flows bring each receiver each of its bytes once."""
+    if any(flow.run.num_bytes <= 0 for flow in flows):
+        raise PreconditionError("a flow of no bytes", reason="KV_FLOWS", stage="transfer")
     for place, receiver in enumerate(receivers):
         runs = sorted(flow.run for flow in flows if flow.receiver == place)
         if _joined(runs) != list(receiver.runs):

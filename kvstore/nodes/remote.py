@@ -19,13 +19,17 @@ from pdmesh.v1 import kv_node_pb2 as pb
 from pdmesh.v1 import kv_node_pb2_grpc
 from pdmesh.v1 import kv_transfer_pb2 as kv_pb
 
+# Told, in words for a person, that a node is lost in the middle of a flow: nobody knows what it still moves.
+OnNodeLost = Callable[[str], None]
+
 
 class RemoteReceipt:
     """A flow into another node's memory, as `Receipt` is one into this one's. Used once, on one event loop."""
 
-    def __init__(self, channel: grpc.aio.Channel, node: KVNode) -> None:
+    def __init__(self, channel: grpc.aio.Channel, node: KVNode, on_lost: OnNodeLost) -> None:
         self._stub = kv_node_pb2_grpc.KVNodeStub(channel)
         self._node = node
+        self._on_lost = on_lost
         self._said: asyncio.Queue[pb.ReceiveRequest] = asyncio.Queue()
 
     async def run(
@@ -62,7 +66,7 @@ class RemoteReceipt:
             return await beside(receive(), _pass_on(self._said, stream))
         finally:
             # The node ends the stream when no writer can reach the blocks.
-            await settled(asyncio.ensure_future(stream.end()))
+            await settled(asyncio.ensure_future(_end(stream, self._node, self._on_lost)))
 
     def alive(self) -> None:
         self._said.put_nowait(pb.ReceiveRequest(heartbeat=kv_pb.Heartbeat()))
@@ -79,6 +83,7 @@ class RemoteShipment:
         incarnation: To which tickets are bound.
         offers: Of the receiver.
         on_failed: Told of each grant that came to nothing: its number, and why.
+        on_lost: Told where the node is.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class RemoteShipment:
         run: BlockRun,
         offers: Sequence[TransportOffer],
         on_failed: Callable[[int, MeshError], None],
+        on_lost: OnNodeLost,
     ) -> None:
         stub = kv_node_pb2_grpc.KVNodeStub(channel)
         self._stream: ClientStream[pb.SendRequest, pb.SendResponse] = ClientStream(
@@ -98,6 +104,8 @@ class RemoteShipment:
         )
         self._node = node
         self._on_failed = on_failed
+        self._on_lost = on_lost
+        self._ending: asyncio.Future[None] | None = None
         self._said: asyncio.Queue[pb.SendRequest] = asyncio.Queue()
         self._num_offered = 0
         self._negotiated: asyncio.Future[Negotiation] = asyncio.get_running_loop().create_future()
@@ -134,12 +142,20 @@ class RemoteShipment:
 
     async def aclose(self) -> None:
         # The node ends the stream when nobody there reads the blocks.
-        await settled(asyncio.ensure_future(self._stream.end()))
-        self._running.cancel()
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(_end(self._stream, self._node, self._on_lost))
+        await settled(self._ending)
         await settled(self._running)
 
     async def _run(self) -> TransferStats:
-        return await beside(self._receive(), _pass_on(self._said, self._stream))
+        try:
+            return await beside(self._receive(), _pass_on(self._said, self._stream))
+        except MeshError as error:
+            if self._ending is None:
+                raise
+            raise UnavailableError(
+                "the sender gave the transfer up", reason="TRANSFER_ABORTED", stage="transfer"
+            ) from error
 
     async def _receive(self) -> TransferStats:
         async for response in self._stream.responses():
@@ -156,12 +172,16 @@ class RemoteShipment:
         raise UnavailableError(f"{self._node.address} ended a flow early", stage="transfer")
 
     def _on_end(self, running: "asyncio.Task[TransferStats]") -> None:
-        """Whoever waits for the negotiation learns that there will be none."""
+        """Whoever waits for the negotiation learns that there will be none. Perhaps nobody waits, for that or this."""
+        error = None if running.cancelled() else running.exception()
         if not self._negotiated.done():
-            error = None if running.cancelled() else running.exception()
             self._negotiated.set_exception(error or UnavailableError("the flow was given up", stage="transfer"))
-            # Perhaps nobody waits.
             self._negotiated.exception()
+
+
+async def _end(stream: "ClientStream[Any, Any]", node: KVNode, on_lost: OnNodeLost) -> None:
+    if not await stream.end():
+        on_lost(f"the node at {node.address} did not end a flow of KV: what it still moves is not known")
 
 
 async def _pass_on(said: "asyncio.Queue[Any]", stream: "ClientStream[Any, Any]") -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
 from kvstore.transfer.base import BlockMemory, Grant, SlicedMemory, TransferStats
@@ -56,7 +56,10 @@ class KVNodeServicer(kv_node_pb2_grpc.KVNodeServicer):
     ) -> AsyncIterator[pb.ReceiveResponse]:
         opening = await anext(aiter(request_iterator), pb.ReceiveRequest())
         start = opening.start
-        self._check(start.token, start.run, start.block_ids)
+        self._check(start.token, start.run)
+        self._check_blocks(start.block_ids, start.block_hashes)
+        if len(set(start.block_ids)) < len(start.block_ids):
+            raise InvalidRequestError("one block for two of the prompt's", stage="transfer")
         expected = Expected(
             start.request_id,
             start.epoch,
@@ -93,7 +96,7 @@ class KVNodeServicer(kv_node_pb2_grpc.KVNodeServicer):
     ) -> AsyncIterator[pb.SendResponse]:
         opening = await anext(aiter(request_iterator), pb.SendRequest())
         start = opening.start
-        self._check(start.token, start.run, ())
+        self._check(start.token, start.run)
         senders = self._senders(start.incarnation)
         memory = SlicedMemory(self._memory, run_from_pb(start.run))
 
@@ -123,7 +126,7 @@ class KVNodeServicer(kv_node_pb2_grpc.KVNodeServicer):
             match request.WhichOneof("event"):
                 case "offer":
                     offer = request.offer
-                    self._check_blocks(offer.block_ids)
+                    self._check_blocks(offer.block_ids, offer.block_hashes)
                     block_ids += offer.block_ids
                     hashes += map(BlockHash, offer.block_hashes)
                     shipment.offer(tuple(block_ids), tuple(hashes), last=offer.last)
@@ -133,15 +136,16 @@ class KVNodeServicer(kv_node_pb2_grpc.KVNodeServicer):
                     shipment.alive()
         raise _left()
 
-    def _check(self, token: str, run: kv_pb.BlockRun, block_ids: Iterable[int]) -> None:
+    def _check(self, token: str, run: kv_pb.BlockRun) -> None:
         """Raises TicketError for anyone but the leader, InvalidRequestError for bytes that no block has."""
         if not hmac.compare_digest(token.encode(), self._token.encode()):
             raise TicketError("this node moves KV for its own group alone", reason="TICKET_SENDER", stage="transfer")
         if not 0 < run.num_bytes <= self._memory.block_bytes - run.offset_bytes:
             raise InvalidRequestError("a run outside of a block", stage="transfer")
-        self._check_blocks(block_ids)
 
-    def _check_blocks(self, block_ids: Iterable[int]) -> None:
+    def _check_blocks(self, block_ids: Sequence[int], block_hashes: Sequence[bytes]) -> None:
+        if len(block_ids) != len(block_hashes):
+            raise InvalidRequestError("as many blocks need as many hashes", stage="transfer")
         if any(not 0 <= block_id < self._num_blocks for block_id in block_ids):
             raise InvalidRequestError(f"a block that is none of the {self._num_blocks}", stage="transfer")
 

@@ -48,11 +48,15 @@ class ClientStream(Generic[RequestT, ResponseT]):
         # What came; last of all, why there is no more.
         self._came: asyncio.Queue[ResponseT | MeshError] = asyncio.Queue()
         self._ended_by: MeshError | None = None
+        self._lost = False
         self._reading = asyncio.create_task(self._read())
 
     async def write(self, request: RequestT) -> None:
         """Raises MeshError: why the peer has ended the stream."""
-        await asyncio.shield(self._write(request))
+        writing = asyncio.ensure_future(self._write(request))
+        # Whoever waits for it may be cancelled, and then nobody asks how it went.
+        writing.add_done_callback(_seen)
+        await asyncio.shield(writing)
 
     async def beat(self) -> None:
         """Gives signs of life until cancelled."""
@@ -74,15 +78,21 @@ class ClientStream(Generic[RequestT, ResponseT]):
                 raise came
             yield came
 
-    async def end(self) -> None:
-        """Lets the peer come to its end by itself, if it does so soon."""
+    async def end(self) -> bool:
+        """Lets the peer come to its end by itself, if it does so soon. Returns whether it is known that it has."""
+        in_time = True
         try:
-            async with self._writing:
-                await self._call.done_writing()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            log.debug("a stream that was no longer needed ended with %r", error)
-        await asyncio.wait([self._reading], timeout=END_TIMEOUT_S)
+            async with asyncio.timeout(END_TIMEOUT_S):
+                try:
+                    async with self._writing:
+                        await self._call.done_writing()
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                    log.debug("a stream that was no longer needed ended with %r", error)
+                await asyncio.wait([self._reading])
+        except TimeoutError:
+            in_time = False
         await self.aclose()
+        return in_time and not self._lost
 
     async def aclose(self) -> None:
         """Ends it at once. Idempotent."""
@@ -105,9 +115,18 @@ class ClientStream(Generic[RequestT, ResponseT]):
             while (response := await self._call.read()) is not grpc.aio.EOF:
                 self._came.put_nowait(cast(ResponseT, response))
         except grpc.aio.AioRpcError as error:
-            self._ended_by = status.from_rpc_error(error, stage=self._stage)
+            by_grpc = None if status.is_ours(error) else error.code()
+            self._lost = by_grpc is grpc.StatusCode.UNAVAILABLE
+            # A write that comes after the peer's end hides what that was: https://github.com/grpc/grpc/issues/36066
+            if by_grpc is not grpc.StatusCode.INTERNAL:
+                self._ended_by = status.from_rpc_error(error, stage=self._stage)
         finally:
             self._came.put_nowait(self._ended_by)
+
+
+def _seen(writing: "asyncio.Future[None]") -> None:
+    if not writing.cancelled():
+        writing.exception()
 
 
 async def responses_of(
