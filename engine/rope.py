@@ -189,26 +189,24 @@ def _yarn_from_hf(parameters: Fields, original_max_position: int, max_position: 
 
 
 def rope_from_gguf(metadata: Fields, max_position: int, freq_factors: tuple[float, ...]) -> RopeConfig:
-    """From a GGUF file's llama.rope.* metadata and its rope_freqs tensor (empty: it has none)."""
-    theta = metadata.number("llama.rope.freq_base", 1.0001, MAX_THETA, DEFAULT_THETA)
+    """From the rope.* fields of a GGUF file's architecture, and its rope_freqs tensor (empty: it has none)."""
+    theta = metadata.number("rope.freq_base", 1.0001, MAX_THETA, DEFAULT_THETA)
     # scale_linear is what files of 2023 say.
-    factor_name = (
-        "llama.rope.scaling.factor" if metadata.has("llama.rope.scaling.factor") else "llama.rope.scale_linear"
-    )
+    factor_name = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
     # llama.cpp writes 0 for "as trained".
     factor = metadata.number(factor_name, 0.0, MAX_FACTOR, 1.0) or 1.0
-    match metadata.text("llama.rope.scaling.type", "linear"):
+    match metadata.text("rope.scaling.type", "linear"):
         case "none":
             return RopeConfig(theta, None, freq_factors)
         case "linear":
             return RopeConfig(theta, LinearScaling(factor) if factor != 1.0 else None, freq_factors)
         case "yarn":
-            original = metadata.integer("llama.rope.scaling.original_context_length", 1, MAX_POSITION, max_position)
-            attention = metadata.number("llama.rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0)
+            original = metadata.integer("rope.scaling.original_context_length", 1, MAX_POSITION, max_position)
+            attention = metadata.number("rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0)
             yarn = YarnScaling(factor, original, attention * yarn_attention_factor(factor))
             return RopeConfig(theta, yarn, freq_factors)
         case _:
-            metadata.refuse("llama.rope.scaling.type", "supported are none, linear and yarn")
+            metadata.refuse("rope.scaling.type", "supported are none, linear and yarn")
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

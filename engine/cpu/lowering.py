@@ -1,4 +1,4 @@
-"""Llama as a program of the kernels: the arithmetic of engine/models/llama.py, operation by operation."""
+"""A decoder as a program of the kernels: the arithmetic of engine/models/layers.py, operation by operation."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,7 +9,8 @@ from torch import nn
 from engine.cpu.library import Finish
 from engine.cpu.packing import PackedMatrix, Packer
 from engine.cpu.program import Program, Rows
-from engine.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.layers import DecoderLayer
 from engine.models.parallel_layers import VocabParallelEmbedding
 from engine.parallel.shard import Shard
 
@@ -37,8 +38,8 @@ class LoweredModel:
     num_weights: int
 
 
-def lower_llama(
-    model: LlamaForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
+def lower_decoder(
+    model: GatedDecoderForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
 ) -> LoweredModel:
     """Packs the model's weights, taking each out of the model, and appends its operations to `program`."""
     decoder = model.model
@@ -67,7 +68,7 @@ def lower_llama(
     buffers: _LayerBuffers | None = None
     num_weights = 0
     for index, layer in enumerate(decoder.layers.values()):
-        assert isinstance(layer, LlamaDecoderLayer)
+        assert isinstance(layer, DecoderLayer)
         weights = _LayerWeights.taken(layer, packer)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
@@ -103,7 +104,7 @@ class _LayerWeights:
         return sum(matrix.n * matrix.k for matrix in (self.qkv, self.output, self.gate_up, self.down))
 
     @staticmethod
-    def taken(layer: LlamaDecoderLayer, packer: Packer) -> "_LayerWeights":
+    def taken(layer: DecoderLayer, packer: Packer) -> "_LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
         return _LayerWeights(
             qkv=packer.rotary(*_taken(attention.q_proj, attention.k_proj, attention.v_proj), attention.head_dim),
