@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from engine.config_fields import Fields
 
@@ -58,11 +59,17 @@ class RopeConfig:
         scaling: None: frequencies as trained.
         freq_factors: Each frequency is divided by its factor, head_dim / 2 of them (GGUF's rope_freqs tensor, in
             which converters store Llama 3 scaling); empty: none.
+        partial: What part of each head's dimensions turns, the first ones.
     """
 
     theta: float = DEFAULT_THETA
     scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
     freq_factors: tuple[float, ...] = ()
+    partial: float = 1.0
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn; even."""
+        return int(head_dim * self.partial)
 
     @property
     def attention_scaling(self) -> float:
@@ -71,7 +78,8 @@ class RopeConfig:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """[head_dim / 2] float32 on CPU: radians per position of each pair of dimensions."""
+    """[rotary_dim / 2] float32 on CPU: radians per position of each pair of dimensions that turns."""
+    head_dim = rope.rotary_dim(head_dim)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=_CPU).to(torch.float32) / head_dim
     wave_numbers = rope.theta**exponents
     match rope.scaling:
@@ -213,10 +221,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turns `x` [T, heads, head_dim] by each token's angles, in float32, and returns it in its own dtype.
 
     Args:
-        cos, sin: [T, 1, head_dim] float32; both halves of the last dimension hold the same angles, and the sine's
-            first half is negated, so that the turn is two products and a swap of halves.
+        cos, sin: [T, 1, rotary_dim] float32: dimensions behind these stay as they are. Both halves of the last
+            dimension hold the same angles, and the sine's first half is negated, so that the turn is two products and
+            a swap of halves.
     """
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
+    return (x * cos + x.roll(rotary_dim // 2, dims=-1) * sin).to(x.dtype)
 
 
 def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,7 +239,12 @@ def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> t
 
 
 def rotation_table(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each pair's angle at each position, each [num_positions, head_dim / 2] float32 on CPU."""
+    """Cosine and sine of each pair's angle at each position, each [num_positions, head_dim / 2] float32 on CPU.
+
+    Pairs that do not turn come last, with angles of 0.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
     theta = positions.unsqueeze(-1) * inverse_frequencies(rope, head_dim)
-    return theta.cos().mul_(rope.attention_scaling), theta.sin().mul_(rope.attention_scaling)
+    num_still = head_dim // 2 - theta.shape[1]
+    cosines, sines = theta.cos().mul_(rope.attention_scaling), theta.sin().mul_(rope.attention_scaling)
+    return F.pad(cosines, (0, num_still), value=1.0), F.pad(sines, (0, num_still))

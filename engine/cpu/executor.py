@@ -18,7 +18,7 @@ from engine.models.gated_config import GatedLayers
 from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.rope import rotation_table
 
-# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
 _LANES = 16
 _MAX_HEAD_DIM = 256
 
@@ -30,6 +30,9 @@ _MIN_SHARED_WORK = 5_000_000
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
     if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
+        return None
+    rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
+    if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
@@ -90,7 +93,8 @@ class CpuExecutor:
         # Its memory is used by address.
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        self._cosines, self._sines = rotation_table(GatedLayers.of(config).rope, config.head_dim, max_position + _LANES)
+        rope = GatedLayers.of(config).rope
+        self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
@@ -98,6 +102,7 @@ class CpuExecutor:
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
+            num_turned=rope.rotary_dim(config.head_dim) // 2,
             block_stride=block_stride,
             head_stride=head_stride,
             layer_stride=layer_stride,

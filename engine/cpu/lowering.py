@@ -69,17 +69,24 @@ def lower_decoder(
     num_weights = 0
     for index, layer in enumerate(decoder.layers.values()):
         assert isinstance(layer, DecoderLayer)
-        weights = _LayerWeights.taken(layer, packer)
+        weights = _LayerWeights.taken(layer, packer, decoder.rotary_dim)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
-        program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
+        attention = layer.self_attn
+        if weights.head_scales is None:
+            program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
+        else:
+            # A head lies over several panels, which several threads may compute: it is normalised when all are there.
+            program.project(normed, weights.qkv, buffers.sums, Finish.STORE)
+            assert attention.q_norm is not None
+            program.normalize_heads(buffers.sums, weights.head_scales, attention.q_norm.eps, buffers.queries, index)
         if shard.last_stage and index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
             wanted = program.rows(width, torch.float32).of_outputs()
             program.select(residual, wanted)
             residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
-        program.attend(index, buffers.queries, buffers.attended)
+        program.attend(index, buffers.queries, buffers.attended, attention.window)
         add(buffers.attended, weights.output, 0)
         norm = layer.post_attention_layernorm
         program.rms_norm(residual, norm.weight, norm.eps, normed)
@@ -95,6 +102,7 @@ def lower_decoder(
 @dataclass(frozen=True, slots=True)
 class _LayerWeights:
     qkv: PackedMatrix
+    head_scales: torch.Tensor | None
     output: PackedMatrix
     gate_up: PackedMatrix
     down: PackedMatrix
@@ -104,10 +112,13 @@ class _LayerWeights:
         return sum(matrix.n * matrix.k for matrix in (self.qkv, self.output, self.gate_up, self.down))
 
     @staticmethod
-    def taken(layer: DecoderLayer, packer: Packer) -> "_LayerWeights":
+    def taken(layer: DecoderLayer, packer: Packer, rotary_dim: int) -> "_LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
+        projections = _taken(attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
         return _LayerWeights(
-            qkv=packer.rotary(*_taken(attention.q_proj, attention.k_proj, attention.v_proj), attention.head_dim),
+            qkv=packer.rotary(*projections, attention.head_dim, rotary_dim),
+            head_scales=packer.head_scales([norm.weight for norm in norms], rotary_dim) if norms else None,
             output=_packed(packer, attention.o_proj),
             gate_up=packer.interleaved(*_taken(mlp.gate_proj, mlp.up_proj)),
             down=_packed(packer, mlp.down_proj),
@@ -116,8 +127,13 @@ class _LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class _LayerBuffers:
-    """What one layer hands from operation to operation; all layers use the same memory."""
+    """What one layer hands from operation to operation; all layers use the same memory.
 
+    Attributes:
+        sums: Of q, k and v, where heads are normalised.
+    """
+
+    sums: Rows
     queries: Rows
     attended: Rows
     activated: Rows
@@ -129,6 +145,8 @@ class _LayerBuffers:
     @staticmethod
     def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":
         return _LayerBuffers(
+            # Memory that nobody writes costs nothing.
+            sums=program.rows(weights.qkv.n, torch.float32),
             queries=program.rows(weights.output.k),
             attended=program.rows(weights.output.k),
             activated=program.rows(weights.down.k),

@@ -54,6 +54,7 @@ class GatedDecoder(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(shard.vocab, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(config, shard, layer, reduce) for layer in shard.layers})
         self.norm = RMSNorm(config.hidden_size, layers.rms_norm_eps) if shard.last_stage else None
+        self.rotary_dim = layers.rope.rotary_dim(config.head_dim)
         self.attention_scaling = layers.rope.attention_scaling
         self.inv_freq: torch.Tensor
         self.register_buffer("inv_freq", inverse_frequencies(layers.rope, config.head_dim), persistent=False)
