@@ -42,6 +42,29 @@ SHAPES = {
     "qwen3-narrow": Shape("Qwen3", {"head_dim": 16, "attention_bias": True, **_SOME_SLIDE}),
     "mistral": Shape("Mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral-window": Shape("Mistral", {"sliding_window": WINDOW}),
+    "phi3-window": Shape("Phi3", {"sliding_window": WINDOW}),
+    "phi3-partial": Shape(
+        "Phi3",
+        {
+            "hidden_size": 256,
+            "initializer_range": 0.15,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "phi3-longrope": Shape(
+        "Phi3",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.1 * pair for pair in range(8)],
+                "long_factor": [4.0 + pair for pair in range(8)],
+            },
+        },
+    ),
 }
 
 

@@ -52,27 +52,32 @@ def refuse_partial_rotation(fields: Fields, head_dim: int) -> None:
         fields.refuse("rope.dimension_count", f"must equal the head dimension, {head_dim}")
 
 
-def same_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """As `ModelConfig.windows`: `sliding_window` over all layers. Raises ConfigError."""
-    if not fields.has("sliding_window"):
-        return ()
-    return (fields.integer("sliding_window", 1, MAX_POSITION),) * num_layers
+def same_windows(fields: Fields, name: str, config: ModelConfig) -> tuple[int | None, ...]:
+    """As `ModelConfig.windows`: the field `name` over all layers; absent or 0: none. Raises ConfigError."""
+    window = fields.integer(name, 0, MAX_POSITION, 0)
+    return _windows(window, [window > 0] * config.num_layers, config)
 
 
-def chosen_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
+def chosen_windows(fields: Fields, config: ModelConfig) -> tuple[int | None, ...]:
     """As `ModelConfig.windows`: `sliding_window`, if `use_sliding_window` says so, over the layers that `layer_types`
     names, or those from `max_window_layers` on. Raises ConfigError.
     """
     if not fields.boolean("use_sliding_window", False) or not fields.has("sliding_window"):
         return ()
-    window = fields.integer("sliding_window", 1, MAX_POSITION)
     types = fields.values.get("layer_types")
     if types is None:
         first = fields.integer("max_window_layers", 0, MAX_POSITION, 28)
-        slides = [layer >= first for layer in range(num_layers)]
+        slides = [layer >= first for layer in range(config.num_layers)]
     else:
         known = ("full_attention", "sliding_attention")
-        if not isinstance(types, list) or len(types) != num_layers or any(kind not in known for kind in types):
-            fields.refuse("layer_types", f"must name one of {' and '.join(known)} for each of {num_layers} layers")
+        if not isinstance(types, list) or len(types) != config.num_layers or any(kind not in known for kind in types):
+            fields.refuse("layer_types", f"must name {' or '.join(known)} for each of {config.num_layers} layers")
         slides = [kind == "sliding_attention" for kind in types]
-    return tuple(window if slide else None for slide in slides) if any(slides) else ()
+    return _windows(fields.integer("sliding_window", 1, MAX_POSITION), slides, config)
+
+
+def _windows(window: int, slides: list[bool], config: ModelConfig) -> tuple[int | None, ...]:
+    # What no text outgrows is no window.
+    if window >= config.max_position or not any(slides):
+        return ()
+    return tuple(window if slide else None for slide in slides)

@@ -17,7 +17,7 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     if fields.has("layer_types"):
         fields.refuse("layer_types", "Mistral has one window for all layers, sliding_window: remove the field")
     layers = GatedLayers(rms_norm_eps=rms_norm_eps_from_hf(fields), rope=rope_from_hf(fields, config.max_position))
-    return replace(config, layers=layers, windows=same_windows(fields, config.num_layers))
+    return replace(config, layers=layers, windows=same_windows(fields, "sliding_window", config))
 
 
 FAMILY = Family(

@@ -23,7 +23,7 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     layers = GatedLayers(
         rms_norm_eps=rms_norm_eps_from_hf(fields), rope=rope_from_hf(fields, config.max_position), qkv_bias=True
     )
-    return replace(config, layers=layers, windows=chosen_windows(fields, config.num_layers))
+    return replace(config, layers=layers, windows=chosen_windows(fields, config))
 
 
 def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) -> ModelConfig:

@@ -28,7 +28,7 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
         output_bias=attention_bias,
         qk_norm=True,
     )
-    return replace(config, layers=layers, windows=chosen_windows(fields, config.num_layers))
+    return replace(config, layers=layers, windows=chosen_windows(fields, config))
 
 
 def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) -> ModelConfig:
