@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.loader import Split, load_model
 from engine.models.gated_config import GatedLayers
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -72,6 +73,26 @@ def test_a_file_holds_the_same_model(tmp_path: Path, shape: str) -> None:
     for name, values in expected.model.named_parameters():
         assert torch.equal(parameters.pop(name), values), name
     assert not parameters
+
+
+@pytest.mark.parametrize("in_gguf", [False, True])
+def test_a_rank_reads_its_parts_of_what_is_fused(tmp_path: Path, in_gguf: bool) -> None:
+    directory = make_tiny_family(tmp_path / "hf", "phi3-window")
+    source = write_gguf(directory, "phi3-window", tmp_path / "tiny.gguf") if in_gguf else directory
+    whole = dict(load(directory).model.named_parameters())
+    progress: list[tuple[int, int]] = []
+    ranks = []
+    for rank in range(2):
+        loaded = load_model(
+            str(source), "float32", torch.device("cpu"), lambda *done: progress.append(done), Split(2, 1, rank)
+        )
+        # In the file, too, values are float32.
+        assert progress[-1] == (loaded.num_bytes, loaded.num_bytes)
+        ranks.append(dict(loaded.model.named_parameters()))
+    for layer in range(3):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            of_ranks: list[torch.Tensor] = [rank[f"model.layers.{layer}.{name}.weight"] for rank in ranks]
+            assert torch.equal(torch.cat(of_ranks), whole[f"model.layers.{layer}.{name}.weight"]), name
 
 
 def test_longrope_in_a_file_is_refused(tmp_path: Path) -> None:
