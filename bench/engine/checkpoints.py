@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
+from engine.models import llama
 from engine.models.gated_config import GatedLayers
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.digest import model_digest
@@ -79,7 +80,7 @@ def prepare(source: str, dtype: str, *, with_gguf: bool) -> Checkpoints:
 def write_directory(checkpoint: Checkpoint, dtype: str, directory: Path) -> None:
     """A Hugging Face directory without a tokenizer. config.json comes last: a directory that has one is whole."""
     config = checkpoint.config
-    _check_plain_rope(config)
+    _check_plain_llama(config)
     tensors = {name: checkpoint.read(name, DTYPES[dtype]).contiguous() for name in checkpoint.tensors}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(hf_config(config, dtype), indent=2) + "\n")
@@ -114,7 +115,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, object]:
 def write_gguf(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
     """A GGUF file without a vocabulary; whole as soon as it has its name."""
     config = checkpoint.config
-    _check_plain_rope(config)
+    _check_plain_llama(config)
     layers = GatedLayers.of(config)
     unfinished = path.with_suffix(".unfinished")
     tensor_type, file_type = _GGUF_TYPES[dtype]
@@ -163,7 +164,12 @@ def _in_gguf_order(name: str, values: torch.Tensor, config: ModelConfig) -> torc
     return halves.transpose(1, 2).reshape(values.shape).contiguous()
 
 
-def _check_plain_rope(config: ModelConfig) -> None:
+def _check_plain_llama(config: ModelConfig) -> None:
+    if config.architecture != llama.FAMILY.architecture:
+        raise ConfigError(
+            f"{config.name} is a {config.architecture}, and the bench converts only Llamas: "
+            "give a Hugging Face directory and leave llamacpp out"
+        )
     rope = GatedLayers.of(config).rope
     if rope.scaling is not None or rope.freq_factors:
         raise ConfigError(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_llamas, tiny_models
+from tests import tiny_families, tiny_llamas, tiny_models
 from tests.rank_groups import Answer, alone, arrivals, assert_same, config, group_of_ranks, serve
 
 GROUPS = [(2, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
 KERNELS = ["auto", "torch"]
 CHUNKS = [1, 7, 64, 512]
-SHAPES = [*tiny_llamas.SHAPES, *tiny_models.SHAPES]
+SHAPES = [*tiny_llamas.SHAPES, *tiny_models.SHAPES, *tiny_families.SHAPES]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ ALL = [
     Case(shape, tp, pp, kernels, CHUNKS[number % len(CHUNKS)])
     for number, (shape, (tp, pp), kernels) in enumerate(itertools.product(SHAPES, GROUPS, KERNELS))
 ]
+# Of each family, what its layers have that Llama's have not.
+FAMILIES = ["qwen2-window", "qwen3-narrow", "mistral-window", "phi3-window", "phi3-partial"]
+OF_FAMILIES = [case for shape in FAMILIES for case in (Case(shape, tp=2, chunk=64), Case(shape, pp=2, chunk=7))]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     def of_shape(shape: str) -> tuple[Path, list[Answer]]:
         if shape not in made:
             directory = tmp_path_factory.mktemp("models") / shape
-            if shape in tiny_llamas.SHAPES:
+            if shape in tiny_families.SHAPES:
+                tiny_families.make_tiny_family(directory, shape)
+            elif shape in tiny_llamas.SHAPES:
                 tiny_llamas.make_tiny_llama(directory, shape)
             else:
                 tiny_models.make_tiny_model(directory, shape)
@@ -64,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     return of_shape
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *OF_FAMILIES], ids=str)
 def test_tokens_are_those_of_one_rank(model: Callable[[str], tuple[Path, list[Answer]]], case: Case) -> None:
     _check(model, case)
 

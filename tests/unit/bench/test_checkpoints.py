@@ -11,6 +11,7 @@ from engine.models.gated_config import GatedLayers
 from engine.rope import LinearScaling
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
+from tests.tiny_families import make_tiny_family
 from tests.tiny_models import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -54,6 +55,12 @@ def test_scaled_rotary_embeddings_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(make_tiny_model(tmp_path, "rope_linear")))
     assert isinstance(GatedLayers.of(checkpoint.config).rope.scaling, LinearScaling)
     with pytest.raises(ConfigError, match="leave llamacpp out"):
+        write_gguf(checkpoint, "bfloat16", tmp_path / "model.gguf")
+
+
+def test_other_families_are_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make_tiny_family(tmp_path / "hf", "qwen3")))
+    with pytest.raises(ConfigError, match="is a Qwen3ForCausalLM, and the bench converts only Llamas"):
         write_gguf(checkpoint, "bfloat16", tmp_path / "model.gguf")
 
 

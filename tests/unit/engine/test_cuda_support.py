@@ -26,6 +26,7 @@ def test_common_shapes_are_supported(config: ModelConfig) -> None:
 def test_others_are_refused_with_the_reason(config: ModelConfig) -> None:
     assert "288 dimensions" in (unsupported(replace(config, head_dim=288)) or "")
     assert "71 query heads" in (unsupported(replace(config, num_heads=71, num_kv_heads=1)) or "")
+    assert "sliding windows" in (unsupported(replace(config, windows=(None, 20, None))) or "")
 
 
 def test_a_cpu_is_no_cuda_device(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -137,6 +137,19 @@ def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
         assert torch.equal(together.logits_of(text), alone.logits_of(0))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 22])
+def test_on_kernels_what_lies_before_a_window_is_not_read(tiny: Callable[[str], Path], num_tokens: int) -> None:
+    text = random_text(150 + num_tokens)
+    whole, spoilt = (on_kernels(tiny("mistral-window"), [text]) for _ in range(2))
+    for texts in (whole, spoilt):
+        texts.step({0: 150})
+        if texts is spoilt:
+            # Windows of 20 begin behind token 130; keys are read from a multiple of 64 on.
+            texts.cache.data[texts.tables[0, : 128 // 16]] = torch.nan
+        texts.step({0: num_tokens})
+    assert torch.equal(spoilt.logits_of(0), whole.logits_of(0))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_on_kernels_is_as_near_as_torch(tiny: Callable[[str], Path], shape: str) -> None:
     text = random_text(100)
