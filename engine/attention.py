@@ -1,7 +1,7 @@
 """Attention over the paged KV cache, for any mix of prefill chunks and decodes in one step.
 
     plan = AttentionPlan(batch, kv_cache)     once per step: groups, indices, masks
-    plan.attend(layer, q, k, v)               per layer: write K and V, read the blocks, attend
+    plan.attend(layer, q, k, v, window)       per layer: write K and V, read the blocks, attend
 
 Sequences are put into groups of like shape. A group's sequences are padded to its longest and attended in one call,
 so that a step of many decodes takes a few calls per layer. Padding and the unwritten tail of a last block may hold
@@ -32,13 +32,13 @@ class _Group:
         query_rows: [N * Q], rows of the step's tokens.
         block_tables: [N, M].
         unwritten: [N, 1, S, 1], where slots lie past their sequence's end.
-        mask: [N, 1, Q, S] in the cache's dtype, 0 where a query may look and -inf elsewhere.
+        query_positions: [N, Q], on the host.
     """
 
     query_rows: torch.Tensor
     block_tables: torch.Tensor
     unwritten: torch.Tensor
-    mask: torch.Tensor
+    query_positions: torch.Tensor
 
 
 class Attention(Protocol):
@@ -51,12 +51,15 @@ class Attention(Protocol):
     @property
     def kv_cache(self) -> KVCache: ...
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores the step's K and V and attends to all that the sequences have.
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        """Stores the step's K and V and attends to what the sequences have.
 
         Args:
             q: [T, num_heads, head_dim], rotated.
             k, v: [T, num_kv_heads, head_dim]; k rotated.
+            window: How many keys a token sees, its own among them; None: all up to its own.
 
         Returns:
             [T, num_heads, head_dim].
@@ -74,16 +77,26 @@ class AttentionPlan:
         self.kv_cache = kv_cache
         self._slot_mapping = batch.slot_mapping
         self._groups = [_build_group(batch, kv_cache, members) for members in _grouped(batch)]
+        self._masks: dict[int | None, list[torch.Tensor]] = {}
         rows = torch.cat([group.query_rows for group in self._groups])
         # Outputs come group by group; this brings them back into the order of the step's tokens.
         self._order = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
         self.kv_cache.write(layer, k, v, self._slot_mapping)
-        outputs = [self._attend_group(layer, q, group) for group in self._groups]
+        masks = self._masks_of(window)
+        outputs = [self._attend_group(layer, q, group, mask) for group, mask in zip(self._groups, masks, strict=True)]
         return torch.cat(outputs).index_select(0, self._order)
 
-    def _attend_group(self, layer: int, q: torch.Tensor, group: _Group) -> torch.Tensor:
+    def _masks_of(self, window: int | None) -> list[torch.Tensor]:
+        """Of each group; made as the first layer of this window asks for them."""
+        if window not in self._masks:
+            self._masks[window] = [_mask(group, self.kv_cache, window) for group in self._groups]
+        return self._masks[window]
+
+    def _attend_group(self, layer: int, q: torch.Tensor, group: _Group, mask: torch.Tensor) -> torch.Tensor:
         """[N * Q, num_heads, head_dim], in the order of the group's `query_rows`."""
         num_heads, head_dim = q.shape[1:]
         num_kv_heads = self.kv_cache.num_kv_heads
@@ -94,10 +107,10 @@ class AttentionPlan:
         if queries.shape[1] == 1:
             # The query heads that share a KV head become its queries, so that K and V are read once for all.
             queries = queries.view(len(keys), num_kv_heads, -1, head_dim)
-            output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask)
+            output = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         else:
             output = F.scaled_dot_product_attention(
-                queries.transpose(1, 2), keys, values, attn_mask=group.mask, enable_gqa=num_heads != num_kv_heads
+                queries.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=num_heads != num_kv_heads
             ).transpose(1, 2)
         return output.reshape(-1, num_heads, head_dim)
 
@@ -132,13 +145,21 @@ def _build_group(batch: Batch, kv_cache: KVCache, members: list[int]) -> _Group:
     queries = torch.arange(query_len)
     query_rows = starts[members].unsqueeze(-1) + queries
     query_positions = (seq_lens - query_len).unsqueeze(-1) + queries
-    hidden = slots > query_positions.unsqueeze(-1)
-    mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(hidden, float("-inf"))
-
     unwritten = slots >= seq_lens.unsqueeze(-1)
     return _Group(
         query_rows=query_rows.flatten().to(device),
         block_tables=batch.block_tables[torch.tensor(members, device=device), :num_blocks],
         unwritten=unwritten[:, None, :, None].to(device),
-        mask=mask.unsqueeze(1).to(device),
+        query_positions=query_positions,
     )
+
+
+def _mask(group: _Group, kv_cache: KVCache, window: int | None) -> torch.Tensor:
+    """[N, 1, Q, S] in the cache's dtype, 0 where a query may look and -inf elsewhere."""
+    positions = group.query_positions.unsqueeze(-1)
+    slots = torch.arange(group.unwritten.shape[2])
+    hidden = slots > positions
+    if window is not None:
+        hidden |= slots <= positions - window
+    mask = torch.zeros(hidden.shape, dtype=kv_cache.dtype).masked_fill_(hidden, float("-inf"))
+    return mask.unsqueeze(1).to(kv_cache.device)

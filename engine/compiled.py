@@ -80,8 +80,10 @@ class _Uncompiled:
         return self._attention.kv_cache
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self._attention.attend(layer, q, k, v)
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        return self._attention.attend(layer, q, k, v, window)
 
 
 class _NoAttention:
@@ -90,7 +92,9 @@ class _NoAttention:
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
         # Memory of its own, as what attention gives back is.
         return q.clone()
 

@@ -63,6 +63,11 @@ class Fields:
             self.refuse(name, "must be an object")
         return Fields(self.where, value, f"{self.prefix}{name}.")
 
+    def under(self, prefix: str) -> "Fields":
+        """Those whose names begin with `prefix`, by the rest of their names."""
+        values = {name.removeprefix(prefix): value for name, value in self.values.items() if name.startswith(prefix)}
+        return Fields(self.where, values, f"{self.prefix}{prefix}")
+
     def refuse(self, name: str, rule: str) -> NoReturn:
         """Raises ConfigError: the field's value breaks `rule`."""
         shown = repr(self.values.get(name))

@@ -9,7 +9,7 @@ from torch import nn
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import Reduce, alone
+from engine.models.parallel_layers import ColumnParallelLinear, Reduce, alone
 from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
@@ -82,40 +82,56 @@ def load_model(
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
     _check(build_model(checkpoint.config), checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
-    parts = _parts(model)
-    wanted = [tensor for tensor in checkpoint.tensors.values() if tensor.name in parts]
-    total = sum(part_bytes(tensor, parts[tensor.name]) for tensor in wanted)
+    held = _held(model)
+    # In the order in which reading is fastest.
+    wanted = [
+        (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
+    ]
+    total = sum(part_bytes(tensor, part) for tensor, _, part in wanted)
     done = 0
     on_progress(done, total)
-    for tensor in wanted:
-        values = checkpoint.read(tensor.name, DTYPES[dtype], parts[tensor.name])
-        _assign(model, tensor.name, values.to(device))
-        done += part_bytes(tensor, parts[tensor.name])
+    for tensor, name, part in wanted:
+        values = checkpoint.read(tensor.name, DTYPES[dtype], part)
+        _assign(model, name, values.to(device))
+        done += part_bytes(tensor, part)
         on_progress(done, total)
     # The parameters are there already: this moves what the model computed for itself.
     model.to(device)
     return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard)
 
 
-def _parts(model: nn.Module) -> dict[str, Part]:
-    """What each parameter is of the checkpoint's tensor of that name."""
-    parts = {}
+def _held(model: nn.Module) -> dict[str, list[tuple[str, Part]]]:
+    """Of each of the checkpoint's tensors: the parameters that it holds, and what of it each is."""
+    held: dict[str, list[tuple[str, Part]]] = {}
     for name, _ in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        parts[name] = getattr(model.get_submodule(owner), "parts", {}).get(leaf, WHOLE)
-    return parts
+        module = model.get_submodule(owner)
+        fused = module.fused if isinstance(module, ColumnParallelLinear) else None
+        tensor = f"{owner.rpartition('.')[0]}.{fused}.{leaf}" if fused else name
+        held.setdefault(tensor, []).append((name, getattr(module, "parts", {}).get(leaf, WHOLE)))
+    return held
+
+
+def _stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors that a whole model asks for, and their shapes."""
+    parameters = dict(model.named_parameters())
+    shapes = {}
+    for tensor, of_tensor in _held(model).items():
+        num_rows, *others = parameters[of_tensor[0][0]].shape
+        shapes[tensor] = (max((part.rows.stop for _, part in of_tensor if part.rows), default=num_rows), *others)
+    return shapes
 
 
 def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
-    parameters = dict(model.named_parameters())
+    shapes = _stored_shapes(model)
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
-    for name in parameters:
+    for name in shapes:
         if name not in checkpoint.tensors:
             raise ConfigError(f"{files}: tensor {name} is missing: get the checkpoint anew, or check its config")
     for tensor in checkpoint.tensors.values():
-        if tensor.name in parameters:
-            expected = tuple(parameters[tensor.name].shape)
+        if tensor.name in shapes:
+            expected = shapes[tensor.name]
             if tensor.shape != expected:
                 raise ConfigError(
                     f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, and the config asks for "

@@ -2,13 +2,15 @@
 
 Each head dimension pair i turns by position * inv_freq[i]; scaling schemes change inv_freq so that a model reads
 further than it was trained to. The numbers equal those of transformers' modeling_rope_utils, operation by operation.
-RoPE: https://arxiv.org/abs/2104.09864, YaRN: https://arxiv.org/abs/2309.00071.
+RoPE: https://arxiv.org/abs/2104.09864, YaRN: https://arxiv.org/abs/2309.00071,
+LongRoPE: https://arxiv.org/abs/2402.13753.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from engine.config_fields import Fields
 
@@ -50,6 +52,18 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LongRopeScaling:
+    """LongRoPE: each wavelength times its factor, and `attention_factor` on cosine and sine.
+
+    `factors` are those of texts of up to `original_max_position` tokens; those of longer ones are not read.
+    """
+
+    factors: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class RopeConfig:
     """How a model encodes positions.
 
@@ -58,20 +72,27 @@ class RopeConfig:
         scaling: None: frequencies as trained.
         freq_factors: Each frequency is divided by its factor, head_dim / 2 of them (GGUF's rope_freqs tensor, in
             which converters store Llama 3 scaling); empty: none.
+        num_rotary_dims: How many of a head's dimensions turn, the first ones; even. None: all.
     """
 
     theta: float = DEFAULT_THETA
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
     freq_factors: tuple[float, ...] = ()
+    num_rotary_dims: int | None = None
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn; even."""
+        return head_dim if self.num_rotary_dims is None else self.num_rotary_dims
 
     @property
     def attention_scaling(self) -> float:
         """What cosine and sine are multiplied by."""
-        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling) else 1.0
+        return self.scaling.attention_factor if isinstance(self.scaling, YarnScaling | LongRopeScaling) else 1.0
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """[head_dim / 2] float32 on CPU: radians per position of each pair of dimensions."""
+    """[rotary_dim / 2] float32 on CPU: radians per position of each pair of dimensions that turns."""
+    head_dim = rope.rotary_dim(head_dim)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=_CPU).to(torch.float32) / head_dim
     wave_numbers = rope.theta**exponents
     match rope.scaling:
@@ -83,6 +104,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
             inv_freq = _llama3(1.0 / wave_numbers, scaling)
         case YarnScaling() as scaling:
             inv_freq = _yarn(wave_numbers, rope.theta, scaling, head_dim)
+        case LongRopeScaling(factors=factors):
+            inv_freq = 1.0 / (torch.tensor(factors, dtype=torch.float32, device=_CPU) * wave_numbers)
     if rope.freq_factors:
         inv_freq = inv_freq / torch.tensor(rope.freq_factors, dtype=torch.float32, device=_CPU)
     return inv_freq
@@ -132,13 +155,10 @@ def rope_from_hf(config: Fields, max_position: int) -> RopeConfig:
 
     Raises ConfigError for a scheme that is not built or values that make no sense.
     """
-    parameters = config.group("rope_scaling") or config.group("rope_parameters") or Fields(config.where, {})
-    holder = parameters if parameters.has("rope_theta") else config
-    theta = holder.number("rope_theta", 1.0001, MAX_THETA, DEFAULT_THETA)
+    parameters, theta, type_name = _hf_parameters(config)
     for holder in (config, parameters):
         if holder.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
             holder.refuse("partial_rotary_factor", "rotating a part of each head is not supported")
-    type_name = "rope_type" if parameters.has("rope_type") else "type"
     match parameters.text(type_name, "default"):
         case "default":
             return RopeConfig(theta)
@@ -153,6 +173,53 @@ def rope_from_hf(config: Fields, max_position: int) -> RopeConfig:
             return RopeConfig(theta, _yarn_from_hf(parameters, original, max_position))
         case _:
             parameters.refuse(type_name, "supported are default, linear, llama3 and yarn")
+
+
+def partial_rope_from_hf(config: Fields, head_dim: int, max_position: int) -> RopeConfig:
+    """As `rope_from_hf`, of a model that may turn a part of each head, as trained or stretched by longrope (Phi-3)."""
+    parameters, theta, type_name = _hf_parameters(config)
+    holder = parameters if parameters.has("partial_rotary_factor") else config
+    rotary_dim = int(head_dim * holder.number("partial_rotary_factor", 0.0, 1.0, 1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
+        holder.refuse("partial_rotary_factor", f"must turn an even number of a head's {head_dim} dimensions")
+    num_rotary_dims = None if rotary_dim == head_dim else rotary_dim
+    match parameters.text(type_name, "default"):
+        case "default":
+            return RopeConfig(theta, num_rotary_dims=num_rotary_dims)
+        # What it was called at first.
+        case "longrope" | "su" | "yarn":
+            original = _original_max_position(config, parameters, max_position)
+            scaling = _longrope_from_hf(parameters, rotary_dim // 2, original, max_position)
+            return RopeConfig(theta, scaling, num_rotary_dims=num_rotary_dims)
+        case _:
+            parameters.refuse(type_name, "supported are default and longrope")
+
+
+def _hf_parameters(config: Fields) -> tuple[Fields, float, str]:
+    """Where the scheme is described, the base of the wavelengths, and the name of the field that names the scheme."""
+    parameters = config.group("rope_scaling") or config.group("rope_parameters") or Fields(config.where, {})
+    holder = parameters if parameters.has("rope_theta") else config
+    theta = holder.number("rope_theta", 1.0001, MAX_THETA, DEFAULT_THETA)
+    return parameters, theta, "rope_type" if parameters.has("rope_type") else "type"
+
+
+def _longrope_from_hf(
+    parameters: Fields, num_factors: int, original_max_position: int, max_position: int
+) -> LongRopeScaling:
+    factors = parameters.values.get("short_factor")
+    if not isinstance(factors, list) or len(factors) != num_factors or not all(map(_is_factor, factors)):
+        parameters.refuse("short_factor", f"must be {num_factors} numbers above 0")
+    factor = parameters.number("factor", 0.0, MAX_FACTOR, max_position / original_max_position)
+    recommended = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(max(original_max_position, 2)))
+    return LongRopeScaling(
+        factors=tuple(map(float, factors)),
+        original_max_position=original_max_position,
+        attention_factor=parameters.number("attention_factor", 0.0, MAX_FACTOR, recommended),
+    )
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_FACTOR
 
 
 def _original_max_position(config: Fields, parameters: Fields, max_position: int) -> int:
@@ -189,36 +256,38 @@ def _yarn_from_hf(parameters: Fields, original_max_position: int, max_position: 
 
 
 def rope_from_gguf(metadata: Fields, max_position: int, freq_factors: tuple[float, ...]) -> RopeConfig:
-    """From a GGUF file's llama.rope.* metadata and its rope_freqs tensor (empty: it has none)."""
-    theta = metadata.number("llama.rope.freq_base", 1.0001, MAX_THETA, DEFAULT_THETA)
+    """From the rope.* fields of a GGUF file's architecture, and its rope_freqs tensor (empty: it has none)."""
+    theta = metadata.number("rope.freq_base", 1.0001, MAX_THETA, DEFAULT_THETA)
     # scale_linear is what files of 2023 say.
-    factor_name = (
-        "llama.rope.scaling.factor" if metadata.has("llama.rope.scaling.factor") else "llama.rope.scale_linear"
-    )
+    factor_name = "rope.scaling.factor" if metadata.has("rope.scaling.factor") else "rope.scale_linear"
     # llama.cpp writes 0 for "as trained".
     factor = metadata.number(factor_name, 0.0, MAX_FACTOR, 1.0) or 1.0
-    match metadata.text("llama.rope.scaling.type", "linear"):
+    match metadata.text("rope.scaling.type", "linear"):
         case "none":
             return RopeConfig(theta, None, freq_factors)
         case "linear":
             return RopeConfig(theta, LinearScaling(factor) if factor != 1.0 else None, freq_factors)
         case "yarn":
-            original = metadata.integer("llama.rope.scaling.original_context_length", 1, MAX_POSITION, max_position)
-            attention = metadata.number("llama.rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0)
+            original = metadata.integer("rope.scaling.original_context_length", 1, MAX_POSITION, max_position)
+            attention = metadata.number("rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0)
             yarn = YarnScaling(factor, original, attention * yarn_attention_factor(factor))
             return RopeConfig(theta, yarn, freq_factors)
         case _:
-            metadata.refuse("llama.rope.scaling.type", "supported are none, linear and yarn")
+            metadata.refuse("rope.scaling.type", "supported are none, linear and yarn")
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns `x` [T, heads, head_dim] by each token's angles, in float32, and returns it in its own dtype.
 
     Args:
-        cos, sin: [T, 1, head_dim] float32; both halves of the last dimension hold the same angles, and the sine's
-            first half is negated, so that the turn is two products and a swap of halves.
+        cos, sin: [T, 1, rotary_dim] float32: dimensions behind these stay as they are. Both halves of the last
+            dimension hold the same angles, and the sine's first half is negated, so that the turn is two products and
+            a swap of halves.
     """
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
+    return (x * cos + x.roll(rotary_dim // 2, dims=-1) * sin).to(x.dtype)
 
 
 def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +298,12 @@ def angles(positions: torch.Tensor, inv_freq: torch.Tensor, scaling: float) -> t
 
 
 def rotation_table(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each pair's angle at each position, each [num_positions, head_dim / 2] float32 on CPU."""
+    """Cosine and sine of each pair's angle at each position, each [num_positions, head_dim / 2] float32 on CPU.
+
+    Pairs that do not turn come last, with angles of 0.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
     theta = positions.unsqueeze(-1) * inverse_frequencies(rope, head_dim)
-    return theta.cos().mul_(rope.attention_scaling), theta.sin().mul_(rope.attention_scaling)
+    num_still = head_dim // 2 - theta.shape[1]
+    cosines, sines = theta.cos().mul_(rope.attention_scaling), theta.sin().mul_(rope.attention_scaling)
+    return F.pad(cosines, (0, num_still), value=1.0), F.pad(sines, (0, num_still))

@@ -13,10 +13,9 @@ import torch
 from engine.attention import Attention
 from engine.batch import Batch
 from engine.loader import ALONE, LoadedModel, Split
-from engine.model_config import ModelConfig
+from engine.model_config import LayersConfig, ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
-from engine.rope import RopeConfig
 
 FAKE_CONFIG = ModelConfig(
     name="fake",
@@ -28,14 +27,11 @@ FAKE_CONFIG = ModelConfig(
     num_heads=1,
     num_kv_heads=1,
     head_dim=2,
-    rms_norm_eps=1e-6,
     max_position=512,
     tie_word_embeddings=False,
-    attention_bias=False,
-    mlp_bias=False,
-    rope=RopeConfig(),
     eos_token_ids=(),
     bos_token_id=None,
+    layers=LayersConfig(),
 )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from engine.batch import Batch
 from engine.executor import ModelExecutor, TorchExecutor
@@ -118,7 +118,7 @@ def random_text(length: int, seed: int = 0) -> list[int]:
 
 def reference_logits(directory: Path, text: Sequence[int]) -> torch.Tensor:
     with torch.inference_mode():
-        model = LlamaForCausalLM.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory)
         logits: torch.Tensor = model(torch.tensor([text])).logits[0]
     return logits
 

@@ -11,6 +11,7 @@ from bench.engine.checkpoints import hf_config
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.models import build_model
+from engine.models.gated_config import GatedLayers
 from engine.rope import RopeConfig
 
 
@@ -34,14 +35,11 @@ def llama_config(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads,
-        rms_norm_eps=1e-5,
         max_position=8192,
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(theta=500000.0),
         eos_token_ids=(1,),
         bos_token_id=0,
+        layers=GatedLayers(rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0)),
     )
 
 

@@ -8,16 +8,17 @@ import torch
 
 from engine.batch import Batch
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
-from engine.cpu.llama import PartialRows, lower_llama
+from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packing import PACK, Packer, padded
 from engine.cpu.program import Program, Rows
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
-from engine.models.llama import LlamaForCausalLM
+from engine.models.gated_config import GatedLayers
+from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.rope import rotation_table
 
-# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
 _LANES = 16
 _MAX_HEAD_DIM = 256
 
@@ -28,7 +29,10 @@ _MIN_SHARED_WORK = 5_000_000
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
-    if config.architecture != "LlamaForCausalLM" or dtype not in PACK:
+    if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
+        return None
+    rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
+    if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
@@ -74,14 +78,14 @@ class CpuExecutor:
         sums: SharedSums | SumsBetween | None = None,
     ) -> None:
         config, shard = loaded.config, loaded.shard
-        assert isinstance(loaded.model, LlamaForCausalLM)
+        assert isinstance(loaded.model, GatedDecoderForCausalLM)
         assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        self._model = lower_llama(loaded.model, shard, self._program, Packer(kernels), partial_rows)
+        self._model = lower_decoder(loaded.model, shard, self._program, Packer(kernels), partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
@@ -89,7 +93,8 @@ class CpuExecutor:
         # Its memory is used by address.
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        self._cosines, self._sines = rotation_table(config.rope, config.head_dim, max_position + _LANES)
+        rope = GatedLayers.of(config).rope
+        self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
@@ -97,6 +102,7 @@ class CpuExecutor:
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
+            num_turned=rope.rotary_dim(config.head_dim) // 2,
             block_stride=block_stride,
             head_stride=head_stride,
             layer_stride=layer_stride,

@@ -19,6 +19,7 @@ class Kind(IntEnum):
     ATTEND = 3
     SELECT = 4
     REDUCE = 5
+    NORMALIZE_HEADS = 6
 
 
 class Finish(IntEnum):
@@ -46,6 +47,7 @@ class Operation(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("rank_bytes", ctypes.c_int64),
     )
@@ -72,6 +74,7 @@ class Decoder(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
+        ("num_turned", ctypes.c_int64),
         ("block_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("layer_stride", ctypes.c_int64),

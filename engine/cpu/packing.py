@@ -58,10 +58,10 @@ class Packer:
         return PackedMatrix(n, k, values, bias)
 
     def rotary(
-        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
     ) -> PackedMatrix:
         """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
-        turns together; kernels/attention.h, Projection."""
+        turns together; kernels/attention.h, Projection. The first `rotary_dim` dimensions turn."""
         (q, k, v), half = weights, head_dim // 2
         head_columns = 2 * padded(half, _HALF)
         num_turned = (len(q) + len(k)) // head_dim * head_columns
@@ -71,13 +71,24 @@ class Packer:
         for weight, own_bias in _pairs(weights, biases)[:2]:
             filled = _filled(weight, own_bias)
             for first in range(0, len(weight), head_dim):
-                for place in (0, 1):
-                    rows = slice(first + place * half, first + (place + 1) * half)
+                for place, dims in enumerate(_halves(head_dim, rotary_dim)):
+                    rows = first + dims
                     self._interleave(values, bias, weight[rows], filled[rows], base + place * _HALF)
                 base += head_columns
         self._kernels.pack(values, v, num_turned, len(v), 0)
         bias[num_turned:n] = _filled(v, biases[2])
         return PackedMatrix(n, q.shape[1], values, bias)
+
+    @staticmethod
+    def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
+        """Of q's heads and k's, [head_dim] each: float32, one behind the other, as `rotary` orders a head."""
+        head_dim = len(scales[0])
+        packed = torch.zeros(len(scales), padded(head_dim // 2, _HALF) // _HALF, 2, _HALF)
+        for of_head, scale in zip(packed, scales, strict=True):
+            for place, dims in enumerate(_halves(head_dim, rotary_dim)):
+                pairs = torch.arange(len(dims))
+                of_head[pairs // _HALF, place, pairs % _HALF] = scale[dims].float()
+        return packed.flatten()
 
     def _interleave(
         self, values: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, filled: torch.Tensor, base: int
@@ -104,6 +115,14 @@ class _LargePages:
             self._left = private_memory(max(_CHUNK_BYTES, num_bytes))
         taken, self._left = self._left[:num_bytes], self._left[padded(num_bytes, _CACHE_LINE) :]
         return taken
+
+
+def _halves(head_dim: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dimensions that panels hold first, and those beside them: of what turns, then of what does not."""
+    turned, still = (
+        torch.arange(begin, end).view(2, (end - begin) // 2) for begin, end in ((0, rotary_dim), (rotary_dim, head_dim))
+    )
+    return torch.cat((turned[0], still[0])), torch.cat((turned[1], still[1]))
 
 
 def _pairs(

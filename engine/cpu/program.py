@@ -94,9 +94,18 @@ class Program:
             k=matrix.k,
         )
 
-    def attend(self, layer: int, queries: Rows, output: Rows) -> None:
-        """Queries of all tokens; outputs of all, or of the wanted ones."""
-        self._add(Kind.ATTEND, queries, output, layer=layer)
+    def normalize_heads(self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int) -> None:
+        """What `Finish.ROTATE` does, of `sums` of a `Packer.rotary` matrix whose q and k are normalised head by head.
+
+        Args:
+            sums: Float32.
+            scales: Of `Packer.head_scales`.
+        """
+        self._add(Kind.NORMALIZE_HEADS, sums, queries, weight=scales, epsilon=epsilon, layer=layer, n=sums.width)
+
+    def attend(self, layer: int, queries: Rows, output: Rows, window: int | None) -> None:
+        """Queries of all tokens; outputs of all, or of the wanted ones. With a window, of its last so many keys."""
+        self._add(Kind.ATTEND, queries, output, layer=layer, window=window or 0)
 
     def select(self, source: Rows, output: Rows) -> None:
         """output = the wanted tokens' rows of `source`, both float32 and not the same memory."""
@@ -146,6 +155,7 @@ class Program:
         epsilon: float = 0.0,
         n: int = 0,
         k: int = 0,
+        window: int = 0,
         first: int = 0,
         rank_bytes: int = 0,
     ) -> None:
@@ -166,6 +176,7 @@ class Program:
                 bias=None if bias is None else bias.data_ptr(),
                 n=n,
                 k=k,
+                window=window,
                 first=first,
                 rank_bytes=rank_bytes,
             )

@@ -205,7 +205,10 @@ class TritonAttention:
         # The layers share them.
         self._parts = paged.new_parts(step.tokens.shape[1])
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
+    ) -> torch.Tensor:
+        assert window is None, "engine.cuda.support refuses models with windows"
         paged, step = self._paged, self._step
         paged.store(layer, k, v, step.slot_mapping)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -23,6 +23,8 @@ def unsupported(config: ModelConfig) -> str | None:
     group = config.num_heads // config.num_kv_heads
     if group > MAX_GROUP:
         return f"the model has {group} query heads for each KV head, and {MAX_GROUP} are supported"
+    if any(window is not None for window in config.windows):
+        return "the model attends over sliding windows"
     return None
 
 

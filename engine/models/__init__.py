@@ -1,12 +1,25 @@
-"""The models, one module per architecture, found by the name that checkpoints give it."""
+"""The models, one module per family, found by the name that checkpoints give it.
 
+family             what a family is; what config files say of any decoder
+llama, …           one family each: how its config is read, and what builds it
+gated_decoder      the decoder that many of them are, by the name of their config's `GatedLayers`
+layers             its parts
+parallel_layers    linear maps and embeddings of which a rank holds a part
+"""
+
+from engine.config_fields import Fields
 from engine.model_config import ModelConfig
+from engine.models import llama, mistral, phi3, qwen2, qwen3
 from engine.models.causal_lm import CausalLM
-from engine.models.llama import LlamaForCausalLM
+from engine.models.family import Family, GgufTensorFacts, read_gguf, read_hf
 from engine.models.parallel_layers import Reduce, alone
 from engine.parallel.shard import Shard, shard_of
 
-ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {"LlamaForCausalLM": LlamaForCausalLM}
+FAMILIES: dict[str, Family] = {
+    family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+}
+KNOWN_ARCHITECTURES = tuple(FAMILIES)
+_BY_GGUF_NAME = {family.gguf.name: family for family in FAMILIES.values() if family.gguf is not None}
 
 
 def build_model(config: ModelConfig, shard: Shard | None = None, reduce: Reduce = alone) -> CausalLM:
@@ -16,4 +29,24 @@ def build_model(config: ModelConfig, shard: Shard | None = None, reduce: Reduce 
         reduce: Sums over the ranks that share a layer.
     """
     # A reader of configs let only known architectures pass.
-    return ARCHITECTURES[config.architecture](config, shard or shard_of(config), reduce)
+    return FAMILIES[config.architecture].build(config, shard or shard_of(config), reduce)
+
+
+def config_from_hf(fields: Fields, generation_fields: Fields, name: str) -> ModelConfig:
+    """From config.json and generation_config.json (no fields where there is none).
+
+    Raises:
+        ConfigError: for an architecture that is not known, or a field that is missing or makes no sense.
+    """
+    named = fields.values.get("architectures")
+    if not (isinstance(named, list) and len(named) == 1 and named[0] in KNOWN_ARCHITECTURES):
+        fields.refuse("architectures", f"must name one of the known: {', '.join(KNOWN_ARCHITECTURES)}")
+    return read_hf(FAMILIES[named[0]], fields, generation_fields, name)
+
+
+def config_from_gguf(metadata: Fields, facts: GgufTensorFacts, name: str) -> ModelConfig:
+    """From a GGUF file's scalar metadata and `facts`. Raises ConfigError as `config_from_hf` does."""
+    architecture = metadata.text("general.architecture")
+    if architecture not in _BY_GGUF_NAME:
+        metadata.refuse("general.architecture", f"known are {', '.join(_BY_GGUF_NAME)}")
+    return read_gguf(_BY_GGUF_NAME[architecture], metadata, facts, name)

@@ -24,11 +24,20 @@ def alone(partial: torch.Tensor) -> torch.Tensor:
 
 
 class ColumnParallelLinear(nn.Linear):
-    """Computes `outputs`, some of the whole map's."""
+    """Computes `outputs`, some of the whole map's.
 
-    def __init__(self, in_features: int, outputs: range, *, bias: bool) -> None:
+    Args:
+        fused: The checkpoint's name of a map beside this one that holds it, from `first_row` on; None: it has its own.
+    """
+
+    def __init__(
+        self, in_features: int, outputs: range, *, bias: bool, fused: str | None = None, first_row: int = 0
+    ) -> None:
         super().__init__(in_features, len(outputs), bias=bias)
-        self.parts = {"weight": Part(rows=outputs), "bias": Part(rows=outputs)}
+        self.fused = fused
+        first = first_row if fused else 0
+        rows = range(first + outputs.start, first + outputs.stop)
+        self.parts = {"weight": Part(rows=rows), "bias": Part(rows=rows)}
 
 
 class RowParallelLinear(nn.Linear):

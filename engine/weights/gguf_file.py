@@ -15,7 +15,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.config_fields import Fields
-from engine.model_config import GgufTensorFacts, ModelConfig, config_from_gguf
+from engine.model_config import ModelConfig
+from engine.models import FAMILIES, config_from_gguf
+from engine.models.family import GgufTensorFacts
 from engine.weights.checkpoint import WHOLE, Part, StoredTensor
 from engine.weights.pages import release_pages
 from pdmesh.errors import ConfigError
@@ -72,10 +74,15 @@ class GgufFile:
             has_output=_OUTPUT in stored,
             has_attention_bias="blk.0.attn_q.bias" in stored,
             has_mlp_bias="blk.0.ffn_gate.bias" in stored,
+            has_rope_factors="rope_factors_short.weight" in stored,
             rope_freqs=() if rope_freqs is None else tuple(self._values(rope_freqs, torch.float32).tolist()),
         )
         self._config = config_from_gguf(Fields(str(path), header.metadata), facts, path.stem)
-        self._by_hf_name = {_hf_name(name): tensor for name, tensor in stored.items()}
+        family = FAMILIES[self._config.architecture].gguf
+        assert family is not None
+        self._interleaved = family.interleaved
+        layer_names = {**_LAYER_NAMES, **family.layer_names}
+        self._by_hf_name = {_hf_name(name, layer_names): tensor for name, tensor in stored.items()}
         self._tensors = {
             name: StoredTensor(name, tensor.shape, _encoding(tensor), _num_bytes(tensor), path)
             for name, tensor in self._by_hf_name.items()
@@ -94,8 +101,8 @@ class GgufFile:
         return self._tensors
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
-        num_heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}
-        return self._values(self._by_hf_name[name], dtype, part, num_heads.get(name.split(".")[-2]))
+        num_heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}.get(name.split(".")[-2])
+        return self._values(self._by_hf_name[name], dtype, part, num_heads if self._interleaved else None)
 
     def _check(self, tensor: GgufTensor) -> GgufTensor:
         """Raises ConfigError for a tensor that we cannot decode, or that the file does not hold whole."""
@@ -168,15 +175,15 @@ def _num_bytes(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape) // int(per_block) * int(block_bytes)
 
 
-def _hf_name(gguf_name: str) -> str:
+def _hf_name(gguf_name: str, layer_names: Mapping[str, str]) -> str:
     """Hugging Face's name of a tensor; one that is not known keeps its name, for the loader to refuse."""
     base, _, kind = gguf_name.rpartition(".")
     if base in _TOP_NAMES:
         return f"{_TOP_NAMES[base]}.{kind}"
     match = _LAYER_TENSOR.fullmatch(gguf_name)
-    if match is None or match[2] not in _LAYER_NAMES:
+    if match is None or match[2] not in layer_names:
         return gguf_name
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{layer_names[match[2]]}.{match[3]}"
 
 
 def _unpermuted(values: torch.Tensor, head_rows: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config_fields import Fields
-from engine.model_config import ModelConfig, config_from_hf
+from engine.model_config import ModelConfig
+from engine.models import config_from_hf
 from engine.weights.checkpoint import WHOLE, Part, StoredTensor
 from engine.weights.pages import release_pages
 from pdmesh.errors import ConfigError

@@ -7,7 +7,9 @@
 //
 // The query heads that share a KV head and the tokens of a chunk are rows alike; a tile of rows reads each key once.
 // Keys are taken 64 at a time from position 0 on, with a running maximum (FlashAttention, arXiv:2205.14135). The grid
-// of 64 is by absolute position: a row's result does not depend on the chunk or the batch that it is computed in.
+// of 64 is by absolute position: a row's result does not depend on the chunk or the batch that it is computed in. With a
+// window, 64 keys that a tile reads for others of its rows leave a row as it was: it is as if it began where its window
+// does.
 #pragma once
 
 #include <algorithm>
@@ -115,9 +117,10 @@ class AttentionTile {
 
  public:
   // Attends a tile's rows of one KV head. `queries` and `outputs` are [T, num_heads * head_dim], rows query_bytes and
-  // output_bytes apart; `scale` multiplies the scores.
-  void attend(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, int64_t group, float scale,
-              const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs, int64_t output_bytes) {
+  // output_bytes apart; `scale` multiplies the scores. A row sees the last `window` keys up to its own; 0: all of them.
+  void attend(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window,
+              float scale, const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
+              int64_t output_bytes) {
     const Sequence& sequence = *tile.sequence;
     const int64_t head_dim = cache.head_dim, context = sequence.seq_len - sequence.query_len;
     const int rows = int(tile.count);
@@ -130,6 +133,7 @@ class AttentionTile {
       std::memcpy(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim * sizeof(Value));
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
+      first_visible_[row] = window ? std::max<int64_t>(0, visible_[row] - window) : 0;
       peak_[row] = -INFINITY;
       total_[row] = f32x16{};
     }
@@ -137,7 +141,7 @@ class AttentionTile {
     const int64_t end = visible_[rows - 1];
     // Softmax in powers of two.
     scale *= 1.44269504f;
-    for (int64_t start = 0; start < end; start += kKeys)
+    for (int64_t start = first_visible_[0] / kKeys * kKeys; start < end; start += kKeys)
       add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
     for (int row = 0; row < rows; ++row) {
       const float share = 1.0f / horizontal_sum(total_[row]);
@@ -177,16 +181,19 @@ class AttentionTile {
     f32x16 peaks = load<f32x16>(peak_ + row);
     const f32x16 before = peaks;
     for (int i = 0; i < kRows; ++i) {
-      if (visible_[row + i] < start + kKeys) hide(scores[i], visible_[row + i] - start);
+      if (visible_[row + i] < start + kKeys || first_visible_[row + i] > start)
+        hide(scores[i], first_visible_[row + i] - start, visible_[row + i] - start);
       const f32x16 most = maximum(maximum(scores[i][0], scores[i][1]), maximum(scores[i][2], scores[i][3]));
       peaks[i] = std::max(peaks[i], horizontal_max(most) * scale);
     }
-    // -inf - -inf where every score is -inf or NaN: NaN, which the logits then show.
-    const f32x16 decays = power_of_two(before - peaks);
+    // Before a row's window its scores are -inf, and so are its peaks: its weights are 0. A row that saw no other score,
+    // or NaN, ends as NaN, which the logits then show.
+    const f32x16 base = peaks == splat(-INFINITY) ? f32x16{} : peaks;
+    const f32x16 decays = power_of_two(before - base);
     for (int i = 0; i < kRows; ++i) {
       f32x16 sum = total_[row + i] * decays[i];
       for (int g = 0; g < kGroups; ++g) {
-        const f32x16 weight = power_of_two(fused_multiply_add(scores[i][g], splat(scale), splat(-peaks[i])));
+        const f32x16 weight = power_of_two(fused_multiply_add(scores[i][g], splat(scale), splat(-base[i])));
         Element::narrow(weights_ + (row + i) * kKeys + 16 * g, weight);
         sum = sum + weight;
       }
@@ -196,12 +203,13 @@ class AttentionTile {
     }
   }
 
-  // Scores of keys from the num_visible-th on: -inf.
-  static void hide(f32x16 (&scores)[kGroups], int64_t num_visible) {
+  // Scores of keys outside [first, end): -inf.
+  static void hide(f32x16 (&scores)[kGroups], int64_t first, int64_t end) {
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int g = 0; g < kGroups; ++g) {
-      const int32_t num_left = int32_t(std::clamp<int64_t>(num_visible - 16 * g, 0, 16));
-      scores[g] = lanes < num_left ? scores[g] : splat(-INFINITY);
+      const int32_t first_lane = int32_t(std::clamp<int64_t>(first - 16 * g, 0, 16));
+      const int32_t end_lane = int32_t(std::clamp<int64_t>(end - 16 * g, 0, 16));
+      scores[g] = (lanes >= first_lane) & (lanes < end_lane) ? scores[g] : splat(-INFINITY);
     }
   }
 
@@ -232,12 +240,14 @@ class AttentionTile {
   // Read by sixteen.
   float peak_[kTileRows + 16] = {};
   float decay_[kTileRows];
-  int64_t visible_[kTileRows];
+  // Keys from the first to before the last of these.
+  int64_t first_visible_[kTileRows], visible_[kTileRows];
 };
 
 // Where the sums of the product that makes q, k and v go. A panel of q or k holds 16 dimensions of one head's first half
 // beside the 16 that they turn with, half a head further (GPT-NeoX's order, that of Hugging Face's Llama); the last
-// panel of a head may be filled up with zeros. Behind them, panels of v hold its dimensions as they come.
+// panel of a head may be filled up with zeros. Where but the first dimensions of a head turn, panels of those come first;
+// what is left is halved likewise. Behind them, panels of v hold its dimensions as they come.
 template <class Element>
 struct Projection {
   using Value = typename Element::Value;
@@ -245,6 +255,7 @@ struct Projection {
 
   PagedCache<Element> cache;
   int64_t layer, num_heads;
+  int64_t num_turned;  // pairs of a head's dimensions: half of it, or a multiple of 16
   const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
 
@@ -262,12 +273,14 @@ struct Projection {
     const f32x16 sine = load<f32x16>(sines + position * half + first);
     const f32x16 turned_left = left * cosine - right * sine, turned_right = right * cosine + left * sine;
     const int64_t count = std::min<int64_t>(16, half - first);
+    const int64_t at_left = first < num_turned ? first : num_turned + first;
+    const int64_t at_right = first < num_turned ? num_turned + first : half + first;
     if (head < num_heads) {
-      store_query(queries + head * cache.head_dim + first, turned_left, count);
-      store_query(queries + head * cache.head_dim + half + first, turned_right, count);
+      store_query(queries + head * cache.head_dim + at_left, turned_left, count);
+      store_query(queries + head * cache.head_dim + at_right, turned_right, count);
     } else {
-      store_key(head - num_heads, first, slot, turned_left, count);
-      store_key(head - num_heads, half + first, slot, turned_right, count);
+      store_key(head - num_heads, at_left, slot, turned_left, count);
+      store_key(head - num_heads, at_right, slot, turned_right, count);
     }
   }
 

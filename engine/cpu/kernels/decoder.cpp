@@ -11,7 +11,7 @@
 
 namespace pdmesh {
 
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce };
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce, kNormalizeHeads };
 
 // What becomes of a product's sums; kRotate makes queries, and stores keys and values.
 enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
@@ -32,6 +32,7 @@ struct Operation {
   const void* weight;  // a packed matrix, or a norm's scale in float32
   const float* bias;   // of a product: padded to whole panels
   int64_t n, k;
+  int64_t window;      // of attention: how many keys a token sees, its own among them; 0: all up to its own
   int64_t first;       // of an embedding: the token of its first row; of a sum: which of the run's it is, from 0
   int64_t rank_bytes;  // of a sum: from one rank's rows to the next one's
 };
@@ -39,6 +40,7 @@ struct Operation {
 struct Decoder {
   void* cache;  // of block 0, the first KV head and the first layer
   int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t num_turned;  // pairs of a head's dimensions that turn
   int64_t block_stride, head_stride, layer_stride;  // of the cache, in values
   const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
@@ -105,6 +107,8 @@ class StepRun {
         return select(team, operation);
       case Kind::kReduce:
         return reduce(team, operation, index);
+      case Kind::kNormalizeHeads:
+        return normalize_heads(team, operation);
     }
   }
 
@@ -173,7 +177,7 @@ class StepRun {
                           silu * biased(panel, 1, sums[1]));
         });
       case Finish::kRotate: {
-        const Projection<Element> projection{cache_, op.layer, decoder_.num_heads, decoder_.cosines, decoder_.sines};
+        const Projection<Element> projection = this->projection(op);
         return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
           projection.store_sums(panel, step_.positions[row], step_.slots[row], biased(panel, 0, sums[0]),
                                 biased(panel, 1, sums[1]),
@@ -183,12 +187,47 @@ class StepRun {
     }
   }
 
+  Projection<Element> projection(const Operation& op) const {
+    return {cache_, op.layer, decoder_.num_heads, decoder_.num_turned, decoder_.cosines, decoder_.sines};
+  }
+
+  // Of the n sums that make q, k and v: each head of q and k to unit root mean square, scaled, and then what kRotate
+  // does. The scales of q's heads and behind them those of k's lie as a head's panels do.
+  void normalize_heads(Team& team, const Operation& op) const {
+    const Projection<Element> projection = this->projection(op);
+    const int64_t num_turned_heads = decoder_.num_heads + decoder_.num_kv_heads;
+    const int64_t panels_of_head = (decoder_.head_dim / 2 + 15) / 16, num_panels = (op.n + kPanel - 1) / kPanel;
+    team.for_each(step_.num_tokens, [&](int64_t row) {
+      const float* sums = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
+      Value* queries = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
+      auto store_panel = [&](int64_t panel, f32x16 left, f32x16 right) {
+        projection.store_sums(panel, step_.positions[row], step_.slots[row], left, right, queries);
+      };
+      for (int64_t head = 0; head < num_turned_heads; ++head) {
+        const int64_t first = head * panels_of_head, size = panels_of_head * kPanel;
+        const float* of_head = sums + first * kPanel;
+        const float* scale = static_cast<const float*>(op.weight) + (head < decoder_.num_heads ? 0 : size);
+        f32x16 squares = {};
+        for (int64_t i = 0; i < size; i += 16) {
+          const f32x16 values = load<f32x16>(of_head + i);
+          squares = fused_multiply_add(values, values, squares);
+        }
+        const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(decoder_.head_dim) + op.epsilon);
+        for (int64_t i = 0; i < size; i += kPanel)
+          store_panel(first + i / kPanel, load<f32x16>(of_head + i) * factor * load<f32x16>(scale + i),
+                      load<f32x16>(of_head + i + 16) * factor * load<f32x16>(scale + i + 16));
+      }
+      for (int64_t panel = num_turned_heads * panels_of_head; panel < num_panels; ++panel)
+        store_panel(panel, load<f32x16>(sums + panel * kPanel), load<f32x16>(sums + panel * kPanel + 16));
+    });
+  }
+
   void attend(Team& team, const Operation& op) const {
     AttentionTile<Element> scratch;
     const std::vector<QueryTile>& tiles = op.rows == Rows::kTokens ? tiles_ : wanted_tiles_;
     const int64_t num_tiles = int64_t(tiles.size());
     team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
-      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, decoder_.score_scale,
+      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, op.window, decoder_.score_scale,
                      tiles[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
     });
   }

@@ -3,6 +3,7 @@
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from engine.loader import LoadedModel, load_model
 from engine.model_config import ModelConfig
+from engine.models.gated_config import GatedLayers
 from engine.rope import YarnScaling
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -131,10 +133,11 @@ def test_round_trip(tiny_llama: Callable[[str], Path], tmp_path: Path, shape: st
 def test_config_equals_that_of_the_directory(tiny_llama: Callable[[str], Path], tmp_path: Path, shape: str) -> None:
     from_gguf = config_of(Writer(tiny_llama(shape)).write(tmp_path / f"tiny-{shape}.gguf"))
     from_hf = config_of(tiny_llama(shape))
-    assert from_gguf.rms_norm_eps == pytest.approx(from_hf.rms_norm_eps)  # GGUF keeps it in float32
-    for field in ModelConfig.__dataclass_fields__:
-        if field != "rms_norm_eps":
-            assert getattr(from_gguf, field) == getattr(from_hf, field), field
+    # GGUF keeps it in float32.
+    eps = GatedLayers.of(from_gguf).rms_norm_eps
+    assert eps == pytest.approx(GatedLayers.of(from_hf).rms_norm_eps)
+    exact = replace(from_hf, name=from_gguf.name, layers=replace(GatedLayers.of(from_hf), rms_norm_eps=eps))
+    assert from_gguf == exact
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
@@ -160,7 +163,7 @@ def test_rope_scaling(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 64,
     }
-    scaling = config_of(writer.write(tmp_path / "tiny.gguf")).rope.scaling
+    scaling = GatedLayers.of(config_of(writer.write(tmp_path / "tiny.gguf"))).rope.scaling
     assert isinstance(scaling, YarnScaling)
     assert (scaling.factor, scaling.original_max_position) == (4.0, 64)
 
@@ -174,7 +177,7 @@ def test_rope_freqs_tensor(tiny_llama: Callable[[str], Path], tmp_path: Path) ->
     factors = (plain / original.model.get_buffer("model.inv_freq")).numpy()
     writer.tensors["rope_freqs.weight"] = factors
     converted = load(writer.write(tmp_path / "tiny.gguf"))
-    assert converted.config.rope.freq_factors == tuple(factors.tolist())
+    assert GatedLayers.of(converted.config).rope.freq_factors == tuple(factors.tolist())
     torch.testing.assert_close(
         converted.model.get_buffer("model.inv_freq"), original.model.get_buffer("model.inv_freq"), rtol=1e-6, atol=0
     )

@@ -10,8 +10,7 @@ import torch
 from engine.attention import AttentionPlan
 from engine.batch import Batch
 from engine.kv_cache import KVCache
-from engine.model_config import ModelConfig
-from engine.rope import RopeConfig
+from engine.model_config import LayersConfig, ModelConfig
 from tests.unit.engine.cuda_device import kernel_device, needs_cuda
 
 DEVICE = kernel_device()
@@ -45,14 +44,11 @@ class Shape:
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            rms_norm_eps=1e-5,
             max_position=1 << 14,
             tie_word_embeddings=True,
-            attention_bias=False,
-            mlp_bias=False,
-            rope=RopeConfig(),
             eos_token_ids=(),
             bos_token_id=None,
+            layers=LayersConfig(),
         )
 
 
@@ -135,8 +131,8 @@ class Ragged:
             tokens=torch.from_numpy(work.tokens).to(DEVICE),
             tiles=torch.from_numpy(work.tiles).to(DEVICE),
         )
-        parts = [part[rows] if sequences else part for part in (self.q, self.k, self.v)]
-        return TritonAttention(paged, step).attend(LAYER, *parts)
+        q, k, v = (part[rows] if sequences else part for part in (self.q, self.k, self.v))
+        return TritonAttention(paged, step).attend(LAYER, q, k, v)
 
     def expected(self) -> torch.Tensor:
         return AttentionPlan(self.batch, self.cache).attend(LAYER, self.q, self.k, self.v)

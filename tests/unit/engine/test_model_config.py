@@ -4,8 +4,9 @@ import pytest
 from transformers import LlamaConfig
 
 from engine.config_fields import Fields
-from engine.model_config import KNOWN_ARCHITECTURES, ModelConfig, config_from_hf
-from engine.models import ARCHITECTURES
+from engine.model_config import ModelConfig
+from engine.models import config_from_hf
+from engine.models.gated_config import GatedLayers
 from engine.rope import RopeConfig
 from pdmesh.errors import ConfigError
 
@@ -35,10 +36,6 @@ def read(config: dict[str, object], generation: dict[str, object] | None = None)
     )
 
 
-def test_every_known_architecture_has_a_model() -> None:
-    assert set(KNOWN_ARCHITECTURES) == set(ARCHITECTURES)
-
-
 def test_a_real_config() -> None:
     assert read(LLAMA2) == ModelConfig(
         name="llama-2",
@@ -50,14 +47,11 @@ def test_a_real_config() -> None:
         num_heads=32,
         num_kv_heads=32,
         head_dim=128,
-        rms_norm_eps=1e-5,
         max_position=4096,
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(10000.0),
         eos_token_ids=(2,),
         bos_token_id=1,
+        layers=GatedLayers(rms_norm_eps=1e-5, rope=RopeConfig(10000.0)),
     )
 
 
@@ -75,9 +69,9 @@ def test_defaults_are_those_of_transformers() -> None:
     assert config.num_kv_heads == reference.num_key_value_heads
     assert config.head_dim == reference.head_dim
     assert config.max_position == reference.max_position_embeddings
-    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert GatedLayers.of(config).rms_norm_eps == reference.rms_norm_eps
     assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert config.rope.theta == reference.rope_parameters["rope_theta"]
+    assert GatedLayers.of(config).rope.theta == reference.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize(

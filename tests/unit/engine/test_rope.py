@@ -102,7 +102,7 @@ def test_refusals_name_file_and_field(parameters: dict[str, object], message: st
 def test_gguf_metadata() -> None:
     def rope(values: dict[str, object], factors: tuple[float, ...] = ()) -> RopeConfig:
         return rope_from_gguf(
-            Fields("m.gguf", {f"llama.rope.{name}": value for name, value in values.items()}), 4096, factors
+            Fields("m.gguf", {f"rope.{name}": value for name, value in values.items()}, "llama."), 4096, factors
         )
 
     assert rope({}) == RopeConfig(10000.0)

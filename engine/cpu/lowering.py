@@ -1,4 +1,4 @@
-"""Llama as a program of the kernels: the arithmetic of engine/models/llama.py, operation by operation."""
+"""A decoder as a program of the kernels: the arithmetic of engine/models/layers.py, operation by operation."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,7 +9,8 @@ from torch import nn
 from engine.cpu.library import Finish
 from engine.cpu.packing import PackedMatrix, Packer
 from engine.cpu.program import Program, Rows
-from engine.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.layers import DecoderLayer
 from engine.models.parallel_layers import VocabParallelEmbedding
 from engine.parallel.shard import Shard
 
@@ -37,8 +38,8 @@ class LoweredModel:
     num_weights: int
 
 
-def lower_llama(
-    model: LlamaForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
+def lower_decoder(
+    model: GatedDecoderForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
 ) -> LoweredModel:
     """Packs the model's weights, taking each out of the model, and appends its operations to `program`."""
     decoder = model.model
@@ -67,18 +68,25 @@ def lower_llama(
     buffers: _LayerBuffers | None = None
     num_weights = 0
     for index, layer in enumerate(decoder.layers.values()):
-        assert isinstance(layer, LlamaDecoderLayer)
-        weights = _LayerWeights.taken(layer, packer)
+        assert isinstance(layer, DecoderLayer)
+        weights = _LayerWeights.taken(layer, packer, decoder.rotary_dim)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
-        program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
+        attention = layer.self_attn
+        if weights.head_scales is None:
+            program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
+        else:
+            # A head lies over several panels, which several threads may compute: it is normalised when all are there.
+            program.project(normed, weights.qkv, buffers.sums, Finish.STORE)
+            assert attention.q_norm is not None
+            program.normalize_heads(buffers.sums, weights.head_scales, attention.q_norm.eps, buffers.queries, index)
         if shard.last_stage and index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
             wanted = program.rows(width, torch.float32).of_outputs()
             program.select(residual, wanted)
             residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
-        program.attend(index, buffers.queries, buffers.attended)
+        program.attend(index, buffers.queries, buffers.attended, attention.window)
         add(buffers.attended, weights.output, 0)
         norm = layer.post_attention_layernorm
         program.rms_norm(residual, norm.weight, norm.eps, normed)
@@ -94,6 +102,7 @@ def lower_llama(
 @dataclass(frozen=True, slots=True)
 class _LayerWeights:
     qkv: PackedMatrix
+    head_scales: torch.Tensor | None
     output: PackedMatrix
     gate_up: PackedMatrix
     down: PackedMatrix
@@ -103,10 +112,13 @@ class _LayerWeights:
         return sum(matrix.n * matrix.k for matrix in (self.qkv, self.output, self.gate_up, self.down))
 
     @staticmethod
-    def taken(layer: LlamaDecoderLayer, packer: Packer) -> "_LayerWeights":
+    def taken(layer: DecoderLayer, packer: Packer, rotary_dim: int) -> "_LayerWeights":
         attention, mlp = layer.self_attn, layer.mlp
+        projections = _taken(attention.q_proj, attention.k_proj, attention.v_proj)
+        norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
         return _LayerWeights(
-            qkv=packer.rotary(*_taken(attention.q_proj, attention.k_proj, attention.v_proj), attention.head_dim),
+            qkv=packer.rotary(*projections, attention.head_dim, rotary_dim),
+            head_scales=packer.head_scales([norm.weight for norm in norms], rotary_dim) if norms else None,
             output=_packed(packer, attention.o_proj),
             gate_up=packer.interleaved(*_taken(mlp.gate_proj, mlp.up_proj)),
             down=_packed(packer, mlp.down_proj),
@@ -115,8 +127,13 @@ class _LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class _LayerBuffers:
-    """What one layer hands from operation to operation; all layers use the same memory."""
+    """What one layer hands from operation to operation; all layers use the same memory.
 
+    Attributes:
+        sums: Of q, k and v, where heads are normalised.
+    """
+
+    sums: Rows
     queries: Rows
     attended: Rows
     activated: Rows
@@ -128,6 +145,8 @@ class _LayerBuffers:
     @staticmethod
     def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":
         return _LayerBuffers(
+            # Memory that nobody writes costs nothing.
+            sums=program.rows(weights.qkv.n, torch.float32),
             queries=program.rows(weights.output.k),
             attended=program.rows(weights.output.k),
             activated=program.rows(weights.down.k),

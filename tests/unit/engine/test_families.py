@@ -1,0 +1,148 @@
+"""Models of each family give the logits and tokens of transformers: in torch and on the kernels, in any chunks."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.cpu.build import BuildError, kernels_path, this_target
+from engine.cpu.executor import CpuExecutor, cpu_layout
+from engine.cpu.library import Kernels
+from engine.executor import ModelExecutor
+from engine.kv_cache import KVCache
+from engine.loader import LoadedModel
+from tests.texts import Texts, load, random_text, reference_logits
+from tests.tiny_families import SHAPES, make_tiny_family
+
+LENGTHS = (150, 97, 33, 16, 1)
+# Of the logits' own size.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of the tiny model of a shape."""
+    made: dict[str, Path] = {}
+
+    def directory(shape: str) -> Path:
+        if shape not in made:
+            made[shape] = make_tiny_family(tmp_path_factory.mktemp("models") / shape, shape)
+        return made[shape]
+
+    return directory
+
+
+def in_torch(directory: Path, texts: Sequence[Sequence[int]]) -> Texts:
+    return Texts(load(directory), texts)
+
+
+def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "float32") -> Texts:
+    try:
+        path = kernels_path(this_target())
+    except BuildError as error:
+        pytest.skip(str(error))
+    loaded = load(directory, dtype)
+    values = next(loaded.model.parameters()).dtype
+
+    def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
+        kernels = Kernels(path, values)
+        return CpuExecutor(kernels, loaded, kv_cache, max_tokens=512, max_position=256, num_threads=2)
+
+    layout = cpu_layout(loaded.config, 16, values)
+    assert layout is not None, "the kernels serve this family"
+    return Texts(loaded, texts, block_size=16, layout=layout, make_executor=make_executor)
+
+
+WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels])
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+
+
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
+def test_chunked_prefill_equals_transformers(
+    tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str, chunk: int
+) -> None:
+    text = random_text(150)
+    texts = way(tiny(shape), [text])
+    for begin in range(0, len(text), chunk):
+        texts.step({0: min(chunk, len(text) - begin)})
+    assert_near(texts.logits_of(0), reference_logits(tiny(shape), text))
+
+
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
+    prompt = random_text(41)
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tiny(shape)).generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=64,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0]
+    assert len(set(expected[len(prompt) :].tolist())) > 20
+    texts = way(tiny(shape), [[*prompt, *[0] * 64]])
+    texts.step({0: len(prompt)})
+    for index in range(len(prompt), len(expected)):
+        texts.texts[0][index] = int(texts.logits[0][-1][-1].argmax())
+        if index + 1 < len(expected):
+            texts.step({0: 1})
+    assert texts.texts[0] == expected.tolist()
+
+
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_batch_and_a_prefix_that_is_there(
+    tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str
+) -> None:
+    tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
+    hit = tokens[0][:48] + random_text(30, seed=9)
+    texts = way(tiny(shape), [*tokens, hit])
+    texts.step({0: 101, 2: 20})
+    texts.step({1: 97, 0: 48, 2: 1})
+    # A text that begins as another goes on from that one's blocks.
+    num_blocks = 48 // texts.cache.block_size
+    texts.tables[5, :num_blocks] = texts.tables[0, :num_blocks]
+    texts.num_computed[5] = 48
+    texts.step({3: 16, 5: 29, 2: 12, 4: 1, 0: 1})
+    texts.step({5: 1})
+    for text, ids in enumerate(tokens):
+        assert_near(texts.logits_of(text), reference_logits(tiny(shape), ids))
+    assert_near(torch.cat(texts.logits[5]), reference_logits(tiny(shape), hit)[48:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
+    tiny: Callable[[str], Path], shape: str, dtype: str
+) -> None:
+    tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
+    together = on_kernels(tiny(shape), tokens, dtype)
+    together.step({0: 37, 1: 1})
+    together.step({1: 64, 2: 5, 0: 1})
+    together.step({0: 90, 3: 16, 2: 27})
+    together.step({2: 1, 4: 1, 1: 32, 0: 22})
+    for text, ids in enumerate(tokens):
+        alone = on_kernels(tiny(shape), [ids], dtype)
+        alone.step({0: len(ids)})
+        assert torch.equal(together.logits_of(text), alone.logits_of(0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_on_kernels_is_as_near_as_torch(tiny: Callable[[str], Path], shape: str) -> None:
+    text = random_text(100)
+    expected = reference_logits(tiny(shape), text)
+    errors = []
+    for texts in (on_kernels(tiny(shape), [text], "bfloat16"), Texts(load(tiny(shape), "bfloat16"), [text])):
+        texts.step({0: 100})
+        errors.append(float((texts.logits_of(0) - expected).norm()))
+    assert errors[0] < 1.2 * errors[1]
