@@ -93,10 +93,14 @@ def why_no_hosts() -> str:
     if shutil.which("ip") is None:
         return "network namespaces need iproute2"
     trial = f"pdmesh-trial-{os.getpid()}"
-    made = subprocess.run(("ip", "netns", "add", trial), capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        return f"no network namespaces here: {made.stderr.strip()}"
-    _ip("netns", "del", trial)
+    veth = ("-n", trial, "link", "add", "one", "type", "veth", "peer", "name", "other")
+    try:
+        for command in (("netns", "add", trial), veth):
+            made = subprocess.run(("ip", *command), capture_output=True, text=True, check=False)
+            if made.returncode != 0:
+                return f"no network namespaces here: {made.stderr.strip()}"
+    finally:
+        subprocess.run(("ip", "netns", "del", trial), capture_output=True, check=False)
     return ""
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 import torch
@@ -170,9 +171,11 @@ class RankGroup:
         """Which rank has connected; None where it is none of ours."""
         expected = {self._greeting(rank): rank for rank in range(1, self.place.size)}
         said = b""
-        sock.settimeout(_HELLO_TIMEOUT_S)
+        deadline = time.monotonic() + _HELLO_TIMEOUT_S
         try:
             while not said.endswith(b"\n") and len(said) < 256:
+                # All of it: nobody else is heard meanwhile.
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
                 said += sock.recv(1) or b"\n"
             sock.settimeout(None)
         except OSError:

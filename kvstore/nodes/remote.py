@@ -37,9 +37,6 @@ class RemoteReceipt:
     ) -> TransferStats:
         """As `Receipt.run`."""
         assert expected.run is not None
-        stream: ClientStream[pb.ReceiveRequest, pb.ReceiveResponse] = ClientStream(
-            self._stub.Receive(), self._node.address, pb.ReceiveRequest(heartbeat=kv_pb.Heartbeat()), stage="transfer"
-        )
         start = pb.ReceiveStart(
             token=self._node.token,
             request_id=expected.request_id,
@@ -50,6 +47,9 @@ class RemoteReceipt:
             block_hashes=expected.block_hashes,
             run=run_to_pb(expected.run),
             transports=transports,
+        )
+        stream: ClientStream[pb.ReceiveRequest, pb.ReceiveResponse] = ClientStream(
+            self._stub.Receive(), self._node.address, pb.ReceiveRequest(heartbeat=kv_pb.Heartbeat()), stage="transfer"
         )
 
         async def receive() -> TransferStats:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.nodes.flows import Flow, Receiver, check_flows, planned_flows
+from kvstore.transfer.base import SlicedMemory
 from pdmesh.errors import PreconditionError
 from pdmesh.types import BlockRun, KVNode
+from tests.kv_endpoints import BytesMemory
 
 BLOCK_BYTES = 24
 
@@ -113,3 +115,22 @@ def test_heads_by_host_and_layers_by_host_meet_in_the_middle() -> None:
         (layers[0], 1, BlockRun(12, 6)),
         (layers[1], 1, BlockRun(18, 6)),
     ]
+
+
+def test_a_slice_of_memory_is_its_run_of_every_block() -> None:
+    memory = BytesMemory(3, BLOCK_BYTES, seed=1)
+    before = memory.content
+    sliced = SlicedMemory(memory, BlockRun(8, 10))
+    assert (sliced.block_bytes, sliced.file) == (10, memory.file)
+    for block_id in range(3):
+        assert sliced.place(block_id) == memory.place(block_id) + 8
+        assert bytes(sliced.view(block_id)) == before[sliced.place(block_id) :][:10]
+    sliced.view(1)[:] = bytes(10)
+    place = sliced.place(1)
+    assert memory.content == before[:place] + bytes(10) + before[place + 10 :]
+
+
+@pytest.mark.parametrize("run", [BlockRun(0, BLOCK_BYTES + 1), BlockRun(BLOCK_BYTES, 1), BlockRun(3, 0)])
+def test_a_slice_lies_within_its_blocks(run: BlockRun) -> None:
+    with pytest.raises(AssertionError):
+        SlicedMemory(BytesMemory(3, BLOCK_BYTES), run)

@@ -1,5 +1,6 @@
 """The sockets between a leader and the followers of other nodes: who gets one, and that giving up ends all of them."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import pytest
 
+from engine.parallel import group
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.wire import Serve, Wire
@@ -34,16 +36,16 @@ def leader() -> Iterator[RankGroup]:
         store_fd=None, step_port=port, step_fd=listener.detach(), token="secret", control_fd=-1, step_fds={},
         memory_fds={},
     )  # fmt: skip
-    group = RankGroup(config(0), place)
-    yield group
-    group.close()
+    made = RankGroup(config(0), place)
+    yield made
+    made.close()
 
 
 @pytest.fixture
 def follower(leader: RankGroup) -> Iterator[RankGroup]:
-    group = RankGroup(config(1), replace(leader.place, rank=1, node_rank=1, step_fd=None))
-    yield group
-    group.close()
+    made = RankGroup(config(1), replace(leader.place, rank=1, node_rank=1, step_fd=None))
+    yield made
+    made.close()
 
 
 def started(work: Callable[[], T]) -> "Future[T]":
@@ -81,6 +83,21 @@ def test_a_follower_of_another_node_is_found_by_its_token(leader: RankGroup, fol
     assert to_leader.receive() == Serve(7, 64)
 
 
+def test_who_says_its_name_slowly_keeps_nobody_waiting(
+    leader: RankGroup, follower: RankGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "_HELLO_TIMEOUT_S", 0.3)
+    joining = started(leader.to_followers)
+    with socket.create_connection((HOST, leader.place.step_port), timeout=PATIENCE_S) as stranger:
+        begun = time.monotonic()
+        follower.to_leader()
+        while not joining.done():
+            assert time.monotonic() - begun < 1.0
+            with contextlib.suppress(ConnectionError):
+                stranger.sendall(b"x")
+            time.sleep(0.05)
+
+
 def _received(sock: socket.socket) -> bytes:
     try:
         return sock.recv(1)
@@ -100,9 +117,9 @@ def test_giving_up_ends_the_wait_for_a_message_of_another_node(
     leader: RankGroup, follower: RankGroup, side: str
 ) -> None:
     to_follower, to_leader = joined(leader, follower)
-    group, wire = (leader, to_follower) if side == "leader" else (follower, to_leader)
+    ours, wire = (leader, to_follower) if side == "leader" else (follower, to_leader)
     receiving = started(wire.receive)
     assert not receiving.done()
-    group.give_up("the other node is lost")
+    ours.give_up("the other node is lost")
     # It reads as the other's end: the engine knows better by then.
     assert receiving.result(PATIENCE_S) is None
