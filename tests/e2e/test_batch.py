@@ -132,6 +132,5 @@ async def test_the_mesh_dies_under_it_and_comes_back(tiny_model: Path, tmp_path:
         assert num_before < NUM_REQUESTS, "it was in the midst"
         await mesh.decodes[0].start()
         assert await run.end() == 0, run.log()
-        assert "waiting up to" in run.log(), "it noticed"
         assert run.answers() == expected
         await mesh.assert_idle()
