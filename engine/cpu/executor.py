@@ -9,6 +9,7 @@ import torch
 from engine.batch import Batch
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
+from engine.cpu.packed_model import pack_model
 from engine.cpu.packing import PACK, Packer, padded
 from engine.cpu.program import Program, Rows
 from engine.kv_cache import KVCache, KVLayout
@@ -85,7 +86,8 @@ class CpuExecutor:
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        self._model = lower_decoder(loaded.model, shard, self._program, Packer(kernels), partial_rows)
+        packed = pack_model(loaded.model, Packer(kernels))
+        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]

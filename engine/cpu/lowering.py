@@ -4,14 +4,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from engine.cpu.library import Finish
-from engine.cpu.packing import PackedMatrix, Packer
+from engine.cpu.packed_model import PackedLayer, PackedModel
+from engine.cpu.packing import PackedMatrix
 from engine.cpu.program import Program, Rows
 from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.models.layers import DecoderLayer
-from engine.models.parallel_layers import VocabParallelEmbedding
 from engine.parallel.shard import Shard
 
 
@@ -39,11 +38,11 @@ class LoweredModel:
 
 
 def lower_decoder(
-    model: GatedDecoderForCausalLM, shard: Shard, program: Program, packer: Packer, partial_rows: PartialRows
+    model: GatedDecoderForCausalLM, packed: PackedModel, shard: Shard, program: Program, partial_rows: PartialRows
 ) -> LoweredModel:
-    """Packs the model's weights, taking each out of the model, and appends its operations to `program`."""
+    """Appends the model's operations to `program`. Its matrices are `packed`; of itself, norms are read."""
     decoder = model.model
-    embedding = None if decoder.embed_tokens is None else _packed(packer, decoder.embed_tokens)
+    embedding = packed.embedding
     width = decoder.hidden_size
     residual = whole_residual = program.rows(width, torch.float32)
     normed = program.rows(width)
@@ -67,9 +66,8 @@ def lower_decoder(
 
     buffers: _LayerBuffers | None = None
     num_weights = 0
-    for index, layer in enumerate(decoder.layers.values()):
+    for index, (layer, weights) in enumerate(zip(decoder.layers.values(), packed.layers, strict=True)):
         assert isinstance(layer, DecoderLayer)
-        weights = _LayerWeights.taken(layer, packer, decoder.rotary_dim)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
@@ -95,34 +93,7 @@ def lower_decoder(
     if decoder.norm is None:
         return LoweredModel(whole_residual, whole_residual, None, num_weights)
     program.rms_norm(residual, decoder.norm.weight, decoder.norm.eps, normed)
-    lm_head = embedding if model.lm_head is None else _packed(packer, model.lm_head)
-    return LoweredModel(whole_residual, normed, lm_head, num_weights)
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerWeights:
-    qkv: PackedMatrix
-    head_scales: torch.Tensor | None
-    output: PackedMatrix
-    gate_up: PackedMatrix
-    down: PackedMatrix
-
-    @property
-    def num_weights(self) -> int:
-        return sum(matrix.n * matrix.k for matrix in (self.qkv, self.output, self.gate_up, self.down))
-
-    @staticmethod
-    def taken(layer: DecoderLayer, packer: Packer, rotary_dim: int) -> "_LayerWeights":
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = _taken(attention.q_proj, attention.k_proj, attention.v_proj)
-        norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-        return _LayerWeights(
-            qkv=packer.rotary(*projections, attention.head_dim, rotary_dim),
-            head_scales=packer.head_scales([norm.weight for norm in norms], rotary_dim) if norms else None,
-            output=_packed(packer, attention.o_proj),
-            gate_up=packer.interleaved(*_taken(mlp.gate_proj, mlp.up_proj)),
-            down=_packed(packer, mlp.down_proj),
-        )
+    return LoweredModel(whole_residual, normed, packed.lm_head, num_weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +114,7 @@ class _LayerBuffers:
         return replace(self, attended=self.attended.of_outputs(), activated=self.activated.of_outputs())
 
     @staticmethod
-    def for_weights(weights: _LayerWeights, program: Program) -> "_LayerBuffers":
+    def for_weights(weights: PackedLayer, program: Program) -> "_LayerBuffers":
         return _LayerBuffers(
             # Memory that nobody writes costs nothing.
             sums=program.rows(weights.qkv.n, torch.float32),
@@ -151,16 +122,3 @@ class _LayerBuffers:
             attended=program.rows(weights.output.k),
             activated=program.rows(weights.down.k),
         )
-
-
-def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> PackedMatrix:
-    return packer.side_by_side(*_taken(*modules))
-
-
-def _taken(*modules: nn.Linear | VocabParallelEmbedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
-    weights = [module.weight.data for module in modules]
-    biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
-    for module in modules:
-        module.register_parameter("weight", None)
-    return weights, biases
