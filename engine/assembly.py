@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
+from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout, weight_quantization
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
 from engine.kv_cache import PLAIN, KVCache, bytes_per_block
-from engine.loader import ALONE, DTYPES, LoadedModel, Split
+from engine.loader import ALONE, DTYPES, UNQUANTIZED, LoadedModel, Quantization, Split
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
@@ -41,6 +41,7 @@ class ModelLoader(Protocol):
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel: ...
 
 
@@ -109,8 +110,9 @@ def load_part(
     """Loads the model, or this rank's shard, and sees how many KV blocks it has room for. Raises ConfigError."""
     device = config.torch_device
     _set_num_threads(config, group)
+    quantization = weight_quantization(config)
     if group is None:
-        loaded = load(config.model, config.dtype_name, device, on_progress)
+        loaded = load(config.model, config.dtype_name, device, on_progress, quantization=quantization)
         share = 1.0
     else:
         if device.type == "cuda" and group.config.nnodes > 1 and group.config.local_size > 1:
@@ -122,7 +124,7 @@ def load_part(
         device = group.device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
+        loaded = load(config.model, config.dtype_name, device, on_progress, group.split, quantization)
         share = group.kv_share(loaded, device)
     block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
     available_bytes = int(available_memory_bytes(device) / share)
@@ -277,6 +279,7 @@ def _around(
             model_digest=part.model.digest,
             dtype=config.dtype_name,
             kv_dtype=config.dtype_name,
+            quantization=config.quantization,
             block_size=config.block_size,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,

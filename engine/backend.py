@@ -9,17 +9,18 @@ import torch
 from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
-from engine.cpu.library import Kernels
+from engine.cpu.library import Kernels, QuantizeKernels
 from engine.cpu.sampling import CpuSampling
 from engine.cuda.support import can_use_kernels
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import LoadedModel
+from engine.loader import UNQUANTIZED, LoadedModel, Quantization
 from engine.model_config import ModelConfig
 from engine.parallel.exchange import Exchange
 from engine.parallel.host_exchange import HostExchange
 from engine.sampling_ops import SamplingOps
 from engine.torch_sampling import TorchSampling
+from engine.weights.quantized import FORMATS, Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,18 @@ def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
     except BuildError as error:
         log.warning("computing in plain torch, several times slower than the CPU kernels: %s", error)
         return None
+
+
+def weight_quantization(config: EngineConfig) -> Quantization:
+    """Quantised by the kernels wherever there are any, also for what computes without them."""
+    if config.quantization == "none":
+        return UNQUANTIZED
+    quantizer: Quantizer | None = None
+    try:
+        quantizer = QuantizeKernels(kernels_path(this_target()))
+    except BuildError as error:
+        log.warning("quantising in plain torch, many times slower than the CPU kernels: %s", error)
+    return Quantization(FORMATS[config.quantization], quantizer)
 
 
 def choose_backend(

@@ -1,7 +1,8 @@
 """From what a person names to a model that runs: open, check, then fill the parameters one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -9,10 +10,11 @@ from torch import nn
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import ColumnParallelLinear, Reduce, alone
+from engine.models.parallel_layers import ColumnParallelLinear, Linear, Reduce, VocabParallelEmbedding, alone
 from engine.parallel.shard import Shard, shard_of
-from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
+from engine.weights.checkpoint import WHOLE, Checkpoint, Part, StoredTensor, part_bytes
 from engine.weights.digest import model_digest
+from engine.weights.quantized import GROUP, QuantizedWeight, Quantizer, WeightFormat
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
 
@@ -21,6 +23,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Stored by old checkpoints and computed here from the config.
 _COMPUTED = ".rotary_emb.inv_freq"
 _OUTPUT = "lm_head.weight"
+
+# Of a matrix that is quantised: read at a time.
+_PIECE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,22 @@ ALONE = Split()
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """How matrices are quantised as they are loaded.
+
+    Attributes:
+        format: None: not at all.
+        quantizer: None: in plain torch.
+    """
+
+    format: WeightFormat | None = None
+    quantizer: Quantizer | None = None
+
+
+UNQUANTIZED = Quantization()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model, or a rank's shard of one, ready to run, and what tells the model apart (`digest`, 64 hex digits)."""
 
@@ -55,8 +76,13 @@ class LoadedModel:
 
     @property
     def num_bytes(self) -> int:
-        """Of the parameters, before an executor takes them."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """Of the parameters and quantised weights, before an executor takes them."""
+        quantized = sum(
+            module.quantized.nbytes
+            for module in self.model.modules()
+            if isinstance(module, Linear | VocabParallelEmbedding) and module.quantized is not None
+        )
+        return quantized + sum(parameter.nbytes for parameter in self.model.parameters())
 
 
 def load_model(
@@ -65,8 +91,10 @@ def load_model(
     device: torch.device,
     on_progress: Callable[[int, int], None],
     split: Split = ALONE,
+    quantization: Quantization = UNQUANTIZED,
 ) -> LoadedModel:
-    """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor.
+    """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor, or of a
+    tensor that is quantised a piece.
 
     Args:
         source: A Hugging Face model directory, a .gguf file or a Hub id.
@@ -87,12 +115,20 @@ def load_model(
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
     ]
+    if quantization.format is not None:
+        _check_groups(model, wanted, quantization.format)
     total = sum(part_bytes(tensor, part) for tensor, _, part in wanted)
     done = 0
     on_progress(done, total)
     for tensor, name, part in wanted:
-        values = checkpoint.read(tensor.name, DTYPES[dtype], part)
-        _assign(model, name, values.to(device))
+        module, leaf = _place(model, name)
+        if quantization.format is not None and _is_quantizable(module, leaf):
+            quantized = _read_quantized(checkpoint, tensor, part, DTYPES[dtype], quantization)
+            module.register_parameter(leaf, None)
+            module.quantized = quantized.to(device)
+        else:
+            values = checkpoint.read(tensor.name, DTYPES[dtype], part)
+            module.register_parameter(leaf, nn.Parameter(values.to(device), requires_grad=False))
         done += part_bytes(tensor, part)
         on_progress(done, total)
     # The parameters are there already: this moves what the model computed for itself.
@@ -148,6 +184,48 @@ def _is_redundant(name: str, config: ModelConfig) -> bool:
     return name.endswith(_COMPUTED) or (name == _OUTPUT and config.tie_word_embeddings)
 
 
-def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the parameter, and what it calls it."""
     owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+    return model.get_submodule(owner), leaf
+
+
+def _is_quantizable(module: nn.Module, leaf: str) -> TypeGuard[Linear | VocabParallelEmbedding]:
+    return leaf == "weight" and isinstance(module, Linear | VocabParallelEmbedding)
+
+
+def _check_groups(
+    model: nn.Module, wanted: Sequence[tuple[StoredTensor, str, Part]], weight_format: WeightFormat
+) -> None:
+    """Raises ConfigError where a rank's columns cut through a group: its weights would not be those of the whole."""
+    for tensor, name, part in wanted:
+        module, leaf = _place(model, name)
+        if part.columns is None or not _is_quantizable(module, leaf):
+            continue
+        if part.columns.start % GROUP or (part.columns.stop % GROUP and part.columns.stop != tensor.shape[1]):
+            raise ConfigError(
+                f"--quantization {weight_format.name} has a scale for each {GROUP} columns, and a rank would hold "
+                f"columns {part.columns.start} to {part.columns.stop} of {tensor.name}: choose another --tp, or none"
+            )
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, tensor: StoredTensor, part: Part, dtype: torch.dtype, quantization: Quantization
+) -> QuantizedWeight:
+    """A matrix, or a part of one, read and quantised piece by piece."""
+    assert quantization.format is not None
+    n, k = part.shape_of(tensor.shape)
+    quantized = QuantizedWeight.empty(quantization.format, n, k, dtype)
+    rows = part.rows_of(tensor.shape)
+    # Whole heads, which of some tensors alone can be read.
+    head_dim = checkpoint.config.head_dim
+    rows_each = max(1, _PIECE_VALUES // k // head_dim) * head_dim
+    for first in range(0, n, rows_each):
+        piece = Part(rows[first : first + rows_each], part.columns)
+        # In float32: what the file's own scales and integers make may be no number of `dtype`.
+        values = checkpoint.read(tensor.name, torch.float32, piece)
+        try:
+            quantized.store_rows(first, values, quantization.quantizer)
+        except ConfigError as error:
+            raise ConfigError(f"{tensor.file}: tensor {tensor.name} {error}: get the file anew") from error
+    return quantized

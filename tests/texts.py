@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from engine.batch import Batch
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import LoadedModel, load_model
+from engine.loader import UNQUANTIZED, LoadedModel, Quantization, load_model
 
 CPU = torch.device("cpu")
 
@@ -20,8 +20,8 @@ def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
     return TorchExecutor(loaded.model, kv_cache)
 
 
-def load(directory: Path, dtype: str = "float32") -> LoadedModel:
-    return load_model(str(directory), dtype, CPU, lambda done, total: None)
+def load(directory: Path, dtype: str = "float32", quantization: Quantization = UNQUANTIZED) -> LoadedModel:
+    return load_model(str(directory), dtype, CPU, lambda done, total: None, quantization=quantization)
 
 
 class Texts:

@@ -8,7 +8,8 @@ from torch import nn
 from engine.cpu.packing import PackedMatrix, Packer
 from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.models.layers import DecoderLayer
-from engine.models.parallel_layers import VocabParallelEmbedding
+from engine.models.parallel_layers import Linear, VocabParallelEmbedding, weight_of
+from engine.weights.quantized import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,15 @@ def _packed_layer(layer: nn.Module, packer: Packer, rotary_dim: int) -> PackedLa
     )
 
 
-def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> PackedMatrix:
+def _packed(packer: Packer, *modules: Linear | VocabParallelEmbedding) -> PackedMatrix:
     return packer.side_by_side(*_taken(*modules))
 
 
-def _taken(*modules: nn.Linear | VocabParallelEmbedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def _taken(*modules: Linear | VocabParallelEmbedding) -> tuple[list[Weight], list[torch.Tensor | None]]:
     """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
-    weights = [module.weight.data for module in modules]
+    weights = [weight_of(module) for module in modules]
     biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
     for module in modules:
+        module.quantized = None
         module.register_parameter("weight", None)
     return weights, biases

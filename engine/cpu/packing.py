@@ -1,11 +1,12 @@
 """Weights in the order in which the kernels read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.cpu.library import Kernels
+from engine.cpu.library import Format, Kernels
+from engine.weights.quantized import GROUP, QuantizedWeight, Weight
 from pdmesh.kv_memory import private_memory
 
 # kernels/matrix.h: kPanel.
@@ -15,6 +16,7 @@ _HALF = PANEL // 2
 PACK = {torch.float32: 1, torch.bfloat16: 2}
 _CHUNK_BYTES = 64 << 20
 _CACHE_LINE = 64
+_FORMATS = {"int8": Format.INT8, "int4": Format.INT4}
 
 
 def padded(size: int, multiple: int = PANEL) -> int:
@@ -23,12 +25,17 @@ def padded(size: int, multiple: int = PANEL) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """Of a linear map with n outputs and k inputs: its packed values, and its bias, in float32, padded to panels."""
+    """Of a linear map with n outputs and k inputs: its packed values, and its bias, in float32, padded to panels.
+
+    Attributes:
+        values: Of the kernels' dtype; bytes where they are quantised, scales among them.
+    """
 
     n: int
     k: int
     values: torch.Tensor
     bias: torch.Tensor
+    format: Format = Format.ELEMENT
 
 
 class Packer:
@@ -38,27 +45,27 @@ class Packer:
         self._kernels = kernels
         self._memory = _LargePages()
 
-    def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
+    def side_by_side(self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
         n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        values = self._zeros(n, k)
+        packed = self._zeros(n, k, weights[0])
         base = 0
         for weight in weights:
-            self._kernels.pack(values, weight, base, len(weight), 0)
+            self._pack(packed, weight, base, len(weight), 0)
             base += len(weight)
-        return PackedMatrix(n, k, values, _bias(torch.cat([_filled(*pair) for pair in _pairs(weights, biases)])))
+        return replace(packed, bias=_bias(torch.cat([_filled(*pair) for pair in _pairs(weights, biases)])))
 
-    def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
+    def interleaved(self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
         (size, k) = weights[0].shape
         n = 2 * padded(size, _HALF)
-        values, bias = self._zeros(n, k), torch.zeros(n)
+        packed = self._zeros(n, k, weights[0])
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
-            self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
-        return PackedMatrix(n, k, values, bias)
+            self._interleave(packed, weight, _filled(weight, own_bias), place * _HALF)
+        return packed
 
     def rotary(
-        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
+        self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
     ) -> PackedMatrix:
         """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
         turns together; kernels/attention.h, Projection. The first `rotary_dim` dimensions turn."""
@@ -66,18 +73,18 @@ class Packer:
         head_columns = 2 * padded(half, _HALF)
         num_turned = (len(q) + len(k)) // head_dim * head_columns
         n = num_turned + len(v)
-        values, bias = self._zeros(n, q.shape[1]), torch.zeros(padded(n))
+        packed = self._zeros(n, q.shape[1], q)
         base = 0
         for weight, own_bias in _pairs(weights, biases)[:2]:
             filled = _filled(weight, own_bias)
             for first in range(0, len(weight), head_dim):
                 for place, dims in enumerate(_halves(head_dim, rotary_dim)):
                     rows = first + dims
-                    self._interleave(values, bias, weight[rows], filled[rows], base + place * _HALF)
+                    self._interleave(packed, weight[rows], filled[rows], base + place * _HALF)
                 base += head_columns
-        self._kernels.pack(values, v, num_turned, len(v), 0)
-        bias[num_turned:n] = _filled(v, biases[2])
-        return PackedMatrix(n, q.shape[1], values, bias)
+        self._pack(packed, v, num_turned, len(v), 0)
+        packed.bias[num_turned:n] = _filled(v, biases[2])
+        return packed
 
     @staticmethod
     def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
@@ -90,18 +97,28 @@ class Packer:
                 of_head[pairs // _HALF, place, pairs % _HALF] = scale[dims].float()
         return packed.flatten()
 
-    def _interleave(
-        self, values: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, filled: torch.Tensor, base: int
-    ) -> None:
+    def _interleave(self, packed: PackedMatrix, weight: Weight, filled: torch.Tensor, base: int) -> None:
         """Puts 16 of a matrix' outputs from column `base` on, the next 16 a panel further, and so on."""
-        self._kernels.pack(values, weight, base, _HALF, PANEL)
+        self._pack(packed, weight, base, _HALF, PANEL)
         outputs = torch.arange(len(weight))
-        bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
+        packed.bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
 
-    def _zeros(self, n: int, k: int) -> torch.Tensor:
-        dtype = self._kernels.dtype
-        num_values = padded(n) * padded(k, PACK[dtype])
-        return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
+    def _pack(self, packed: PackedMatrix, weight: Weight, base: int, group: int, stride: int) -> None:
+        if isinstance(weight, QuantizedWeight):
+            self._kernels.pack_quantized(packed.values, weight, base, group, stride)
+        else:
+            self._kernels.pack(packed.values, weight, base, group, stride)
+
+    def _zeros(self, n: int, k: int, like: Weight) -> PackedMatrix:
+        """A matrix of no weights and biases, for weights that are quantised as `like` is."""
+        if isinstance(like, QuantizedWeight):
+            weight_format, dtype = _FORMATS[like.format.name], torch.uint8
+            num_bytes = like.format.num_bytes(padded(n), padded(k, GROUP))
+        else:
+            weight_format, dtype = Format.ELEMENT, self._kernels.dtype
+            num_bytes = padded(n) * padded(k, PACK[dtype]) * dtype.itemsize
+        values = torch.frombuffer(self._memory.take(num_bytes), dtype=dtype)
+        return PackedMatrix(n, k, values, torch.zeros(padded(n)), weight_format)
 
 
 class _LargePages:
@@ -126,12 +143,12 @@ def _halves(head_dim: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _pairs(
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    weights: Sequence[Weight], biases: Sequence[torch.Tensor | None]
+) -> list[tuple[Weight, torch.Tensor | None]]:
     return list(zip(weights, biases, strict=True))
 
 
-def _filled(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _filled(weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.zeros(len(weight)) if bias is None else bias.float()
 
 

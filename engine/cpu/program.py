@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.cpu.library import Finish, Kind, Operation
+from engine.cpu.library import Finish, Format, Kind, Operation
 from engine.cpu.packing import PACK, PackedMatrix, padded
 
 # Beyond a row's values: rows a multiple of 4096 bytes apart would fight for the same places of the first-level cache.
@@ -72,7 +72,9 @@ class Program:
     def embed(self, table: PackedMatrix, first_token: int, output: Rows) -> None:
         """output = the table's rows of the tokens, which begin with `first_token`'s; of tokens that it has not, zeros.
         `output` is float32, as are all residuals."""
-        self._add(Kind.EMBED, None, output, weight=table.values, n=table.n, k=table.k, first=first_token)
+        self._add(
+            Kind.EMBED, None, output, weight=table.values, format=table.format, n=table.n, k=table.k, first=first_token
+        )
 
     def rms_norm(self, source: Rows, scale: torch.Tensor, epsilon: float, output: Rows) -> None:
         wide = torch.zeros(padded(source.width))
@@ -87,6 +89,7 @@ class Program:
             source,
             output,
             weight=matrix.values,
+            format=matrix.format,
             bias=matrix.bias,
             finish=finish,
             layer=layer,
@@ -149,6 +152,7 @@ class Program:
         output: Rows,
         *,
         weight: torch.Tensor | None = None,
+        format: Format = Format.ELEMENT,
         bias: torch.Tensor | None = None,
         finish: Finish = Finish.STORE,
         layer: int = 0,
@@ -168,6 +172,7 @@ class Program:
                 outputs_only=output.outputs_only,
                 layer=layer,
                 epsilon=epsilon,
+                format=format,
                 input=None if source is None else source.first_rank_address if kind is Kind.REDUCE else source.address,
                 input_bytes=0 if source is None else source.row_bytes,
                 output=output.address,

@@ -5,7 +5,6 @@ Modules are made without memory ("meta" device); `engine.loader` puts the checkp
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.attention import Attention
 from engine.batch import Batch
@@ -13,9 +12,10 @@ from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.models.gated_config import GatedLayers
 from engine.models.layers import DecoderLayer, RMSNorm
-from engine.models.parallel_layers import ColumnParallelLinear, Reduce, VocabParallelEmbedding
+from engine.models.parallel_layers import ColumnParallelLinear, Reduce, VocabParallelEmbedding, weight_of
 from engine.parallel.shard import Shard
 from engine.rope import angles, inverse_frequencies
+from engine.weights.quantized import linear
 
 
 class GatedDecoderForCausalLM(CausalLM):
@@ -39,7 +39,7 @@ class GatedDecoderForCausalLM(CausalLM):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self.lm_head or self.model.embed_tokens
         assert head is not None
-        return F.linear(hidden, head.weight).float()
+        return linear(hidden, weight_of(head)).float()
 
 
 class GatedDecoder(nn.Module):

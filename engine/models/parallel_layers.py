@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.weights.checkpoint import Part
+from engine.weights.quantized import QuantizedWeight, Weight, embedding, linear
 
 
 class Reduce(Protocol):
@@ -23,7 +23,18 @@ def alone(partial: torch.Tensor) -> torch.Tensor:
     return partial
 
 
-class ColumnParallelLinear(nn.Linear):
+class Linear(nn.Linear):
+    """A linear map whose weight may be quantised: `weight` is None then."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.quantized: QuantizedWeight | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return linear(hidden, weight_of(self), self.bias)
+
+
+class ColumnParallelLinear(Linear):
     """Computes `outputs`, some of the whole map's.
 
     Args:
@@ -40,7 +51,7 @@ class ColumnParallelLinear(nn.Linear):
         self.parts = {"weight": Part(rows=rows), "bias": Part(rows=rows)}
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """Takes `inputs`, some of the whole map's, and gives a partial result: the whole one is the sum over the ranks.
 
     The bias belongs to one rank's alone.
@@ -58,16 +69,22 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         # Not nn.Embedding: for initial values, which nobody reads, that imports torch's compiler, and takes a second.
         self.weight = nn.Parameter(torch.empty(len(vocab), hidden_size))
+        self.quantized: QuantizedWeight | None = None
         self.vocab = vocab
         self.parts = {"weight": Part(rows=vocab)}
         self._whole = len(vocab) == vocab_size
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._whole:
-            return F.embedding(token_ids, self.weight)
+            return embedding(token_ids, weight_of(self))
         rows = token_ids - self.vocab.start
         absent = (rows < 0) | (rows >= len(self.vocab))
-        return F.embedding(rows.masked_fill(absent, 0), self.weight).masked_fill_(absent.unsqueeze(-1), 0.0)
+        return embedding(rows.masked_fill(absent, 0), weight_of(self)).masked_fill_(absent.unsqueeze(-1), 0.0)
+
+
+def weight_of(module: "Linear | VocabParallelEmbedding") -> Weight:
+    """A module's matrix, quantised or not."""
+    return module.weight if module.quantized is None else module.quantized
 
 
 def times(values: range, size: int) -> range:

@@ -20,7 +20,7 @@ from bench.engine.random_llama import llama_config, write_random_llama
 from engine.api import EngineRequest
 from engine.assembly import Assembly, assemble
 from engine.core import EngineCore
-from engine.loader import ALONE, LoadedModel, Split, load_model
+from engine.loader import ALONE, UNQUANTIZED, LoadedModel, Quantization, Split, load_model
 from engine.local_engine import LocalEngine
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.spawn import spawned_group
@@ -220,8 +220,9 @@ class Failing:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
-        loaded = load_model(source, dtype, device, on_progress, split)
+        loaded = load_model(source, dtype, device, on_progress, split, quantization)
         *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "GatedMLP")
         last.register_forward_pre_hook(self._fail)
         return loaded

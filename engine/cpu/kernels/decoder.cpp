@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "group.h"
 #include "matrix.h"
+#include "quantized.h"
 
 namespace pdmesh {
 
@@ -19,12 +20,16 @@ enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
 // Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
 enum class Rows : int32_t { kTokens, kOutputs };
 
+// Of a packed matrix: that of the activations, or fewer bits.
+enum class Format : int32_t { kElement, kInt8, kInt4 };
+
 struct Operation {
   Kind kind;
   Finish finish;
   Rows rows;
   int32_t layer;
   float epsilon;
+  Format format;  // of a packed matrix
   const char* input;
   int64_t input_bytes;  // from one row to the next
   char* output;
@@ -112,7 +117,18 @@ class StepRun {
     }
   }
 
-  static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
+  // Calls work(packed matrix) with the operation's.
+  template <class Work>
+  static void with_matrix(const Operation& op, const Work& work) {
+    switch (op.format) {
+      case Format::kElement:
+        return work(PackedMatrix<Element>{static_cast<const Value*>(op.weight), op.n, op.k});
+      case Format::kInt8:
+        return work(QuantizedMatrix<Int8>{static_cast<const char*>(op.weight), op.n, op.k});
+      case Format::kInt4:
+        return work(QuantizedMatrix<Int4>{static_cast<const char*>(op.weight), op.n, op.k});
+    }
+  }
 
   int64_t num_rows(const Operation& op) const {
     return op.rows == Rows::kTokens ? step_.num_tokens : int64_t(output_rows_.size());
@@ -120,13 +136,14 @@ class StepRun {
 
   // Rows of the (packed) embedding, widened.
   void embed(Team& team, const Operation& op) const {
-    const PackedMatrix<Element> table = matrix(op);
-    team.for_each(step_.num_tokens, [&](int64_t row) {
-      float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
-      const int64_t token = step_.token_ids[row] - op.first;
-      // Of other ranks' tokens, nothing.
-      const bool ours = token >= 0 && token < op.n;
-      for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? Element::widen_one(table.at(token, i)) : 0.0f;
+    with_matrix(op, [&](const auto& table) {
+      team.for_each(step_.num_tokens, [&](int64_t row) {
+        float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
+        const int64_t token = step_.token_ids[row] - op.first;
+        // Of other ranks' tokens, nothing.
+        const bool ours = token >= 0 && token < op.n;
+        for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? table.at(token, i) : 0.0f;
+      });
     });
   }
 
@@ -152,7 +169,9 @@ class StepRun {
       return sum + load<f32x16>(op.bias + panel * kPanel + 16 * vector);
     };
     auto multiplied = [&](const auto& finish) {
-      multiply<Element>(team, matrix(op), op.input, op.input_bytes, num_rows(op), finish);
+      with_matrix(op, [&](const auto& matrix) {
+        multiply<Element>(team, matrix, op.input, op.input_bytes, num_rows(op), finish);
+      });
     };
     switch (op.finish) {
       case Finish::kStore:

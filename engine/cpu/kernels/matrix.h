@@ -35,9 +35,9 @@ struct PackedMatrix {
   int64_t num_steps() const { return (k + Element::kPack - 1) / Element::kPack; }
   const Value* panel(int64_t index) const { return data + index * num_steps() * kPanel * Element::kPack; }
   // Element (row, column) of the matrix as the checkpoint has it.
-  Value at(int64_t row, int64_t column) const {
+  float at(int64_t row, int64_t column) const {
     const Value* step = panel(row / kPanel) + column / Element::kPack * kPanel * Element::kPack;
-    return step[row % kPanel * Element::kPack + column % Element::kPack];
+    return Element::widen_one(step[row % kPanel * Element::kPack + column % Element::kPack]);
   }
 };
 
@@ -86,26 +86,35 @@ inline int64_t num_row_blocks(int64_t num_rows, int64_t row_bytes, int num_threa
   return num_shares * std::max<int64_t>(1, (num_rows / num_shares * row_bytes + kRowBlockBytes - 1) / kRowBlockBytes);
 }
 
+struct RowBlock {
+  int64_t number, first, end;
+};
+
+// Calls work(row block, first row, end of rows, panel index) once for each panel and tile of at most kMaxRows rows.
+template <class Work>
+void for_each_tile(Team& team, int64_t num_panels, int64_t row_bytes, int64_t num_rows, const Work& work) {
+  const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
+  team.for_each(num_blocks * num_panels, [&](int64_t item) {
+    const int64_t number = item / num_panels, index = item % num_panels;
+    const RowBlock block = {number, num_rows * number / num_blocks, num_rows * (number + 1) / num_blocks};
+    const int64_t size = block.end - block.first, num_tiles = (size + kMaxRows - 1) / kMaxRows;
+    // Of even size: a last tile of one row would cost almost as much as a full one.
+    for (int64_t tile = 0; tile < num_tiles; ++tile)
+      work(block, block.first + size * tile / num_tiles, block.first + size * (tile + 1) / num_tiles, index);
+  });
+}
+
 // The product of `num_rows` rows, `row_bytes` apart, with a matrix. finish(row, panel index, sums[kVectors]) is called
 // once for each row and panel.
 template <class Element, class Finish>
 void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
               const Finish& finish) {
-  const int64_t num_panels = matrix.num_panels(), num_steps = matrix.num_steps();
-  const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
-  team.for_each(num_blocks * num_panels, [&](int64_t item) {
-    const int64_t block = item / num_panels, index = item % num_panels;
-    const int64_t block_first = num_rows * block / num_blocks, block_end = num_rows * (block + 1) / num_blocks;
-    const int64_t num_tiles = (block_end - block_first + kMaxRows - 1) / kMaxRows;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      // Of even size: a last tile of one row would cost almost as much as a full one.
-      const int64_t first = block_first + (block_end - block_first) * tile / num_tiles;
-      const int64_t end = block_first + (block_end - block_first) * (tile + 1) / num_tiles;
-      multiply_rows<Element>(int(end - first), static_cast<const char*>(rows) + first * row_bytes, row_bytes,
-                             matrix.panel(index), num_steps, first,
-                             [&](int64_t row, const f32x16* sums) { finish(row, index, sums); });
-    }
-  });
+  for_each_tile(team, matrix.num_panels(), row_bytes, num_rows,
+                [&](const RowBlock&, int64_t first, int64_t end, int64_t index) {
+                  multiply_rows<Element>(int(end - first), static_cast<const char*>(rows) + first * row_bytes,
+                                         row_bytes, matrix.panel(index), matrix.num_steps(), first,
+                                         [&](int64_t row, const f32x16* sums) { finish(row, index, sums); });
+                });
 }
 
 // Stores a matrix [n, k], rows `k` apart, into a packed one. Row i becomes column base + i / group * stride + i % group,

@@ -10,7 +10,7 @@ import torch
 
 from engine.api import BlockEvents, BlockLease, EngineRequest, ImportedPrompt, OutputStream, PrefillUpdate
 from engine.config import EngineConfig
-from engine.loader import ALONE, LoadedModel, Split
+from engine.loader import ALONE, UNQUANTIZED, LoadedModel, Quantization, Split
 from engine.local_engine import LocalEngine
 from pdmesh.errors import ConfigError, InternalError, InvalidRequestError, UnavailableError
 from pdmesh.hashing import block_hashes, root_hash
@@ -469,6 +469,7 @@ async def test_a_model_that_cannot_be_loaded() -> None:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         raise ConfigError(f"{source} is no model")
 
@@ -488,6 +489,7 @@ async def test_closing_while_the_model_loads() -> None:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         on_progress(0, 2)
         loading.set()
