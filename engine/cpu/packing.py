@@ -57,6 +57,25 @@ class Packer:
             self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
         return PackedMatrix(n, k, values, bias)
 
+    def stacked(self, weights: Sequence[torch.Tensor]) -> PackedMatrix:
+        """Matrices [n, k] of experts one after the other, each padded to whole panels. The bias is one's, of zeros."""
+        n, k = weights[0].shape
+        size = padded(n)
+        values = self._zeros(len(weights) * size, k)
+        for index, weight in enumerate(weights):
+            self._kernels.pack(values, weight, index * size, n, 0)
+        return PackedMatrix(len(weights) * size, k, values, torch.zeros(size))
+
+    def stacked_interleaved(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedMatrix:
+        """As `stacked`, of experts that each have two matrices, which are `interleaved`."""
+        n, k = pairs[0][0].shape
+        size = 2 * padded(n, _HALF)
+        values = self._zeros(len(pairs) * size, k)
+        for index, pair in enumerate(pairs):
+            for place, weight in enumerate(pair):
+                self._kernels.pack(values, weight, index * size + place * _HALF, _HALF, PANEL)
+        return PackedMatrix(len(pairs) * size, k, values, torch.zeros(size))
+
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
     ) -> PackedMatrix:

@@ -189,6 +189,10 @@ class Program:
         """output = each row's experts' rows of `source`, both float32, by their shares; or that on top of it."""
         self._add(Operation(kind=Kind.COMBINE_EXPERTS, finish=finish, n=source.width), source, output)
 
+    def cap(self, logits: Rows, cap: float) -> None:
+        """logits = cap * tanh(logits / cap), of float32 rows."""
+        self._add(Operation(kind=Kind.CAP, n=logits.width, scale=cap), logits, logits)
+
     def select(self, source: Rows, output: Rows) -> None:
         """output = the wanted tokens' rows of `source`, both float32 and not the same memory."""
         assert output.outputs_only
