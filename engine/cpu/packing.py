@@ -30,6 +30,10 @@ class PackedMatrix:
     values: torch.Tensor
     bias: torch.Tensor
 
+    @property
+    def num_weights(self) -> int:
+        return self.n * self.k
+
 
 class Packer:
     """Packs matrices, side by side or interleaved, into one."""
@@ -57,24 +61,17 @@ class Packer:
             self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
         return PackedMatrix(n, k, values, bias)
 
-    def stacked(self, weights: Sequence[torch.Tensor]) -> PackedMatrix:
-        """Matrices [n, k] of experts one after the other, each padded to whole panels. The bias is one's, of zeros."""
-        n, k = weights[0].shape
-        size = padded(n)
-        values = self._zeros(len(weights) * size, k)
-        for index, weight in enumerate(weights):
-            self._kernels.pack(values, weight, index * size, n, 0)
-        return PackedMatrix(len(weights) * size, k, values, torch.zeros(size))
-
-    def stacked_interleaved(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedMatrix:
-        """As `stacked`, of experts that each have two matrices, which are `interleaved`."""
-        n, k = pairs[0][0].shape
-        size = 2 * padded(n, _HALF)
-        values = self._zeros(len(pairs) * size, k)
-        for index, pair in enumerate(pairs):
-            for place, weight in enumerate(pair):
-                self._kernels.pack(values, weight, index * size + place * _HALF, _HALF, PANEL)
-        return PackedMatrix(len(pairs) * size, k, values, torch.zeros(size))
+    def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
+        """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
+        two, `interleaved`. The bias is that of any expert: zeros."""
+        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
+        values = self._zeros(len(experts) * size, k)
+        for expert, weights in enumerate(experts):
+            for place, weight in enumerate(weights):
+                group, stride = (n, 0) if num_parts == 1 else (_HALF, PANEL)
+                self._kernels.pack(values, weight, expert * size + place * _HALF, group, stride)
+        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int

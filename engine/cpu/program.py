@@ -75,13 +75,16 @@ class RowNorm:
 class Program:
     """Built once, run each step.
 
-    `operations` hold addresses of all that was passed in; `keep` keeps that alive.
+    It keeps alive all that was passed in, of which its operations hold addresses.
+
+    Attributes:
+        dtype: Of weights, and of what products read.
     """
 
     def __init__(self, max_tokens: int, dtype: torch.dtype) -> None:
         assert dtype in PACK
         self._max_tokens = max_tokens
-        self._dtype = dtype
+        self.dtype = dtype
         self._operations: list[Operation] = []
         self._kept: list[torch.Tensor | Angles] = []
         # Of each sum.
@@ -90,7 +93,7 @@ class Program:
     def rows(self, width: int, dtype: torch.dtype | None = None, *, per_token: int = 1) -> Rows:
         """A buffer, of the weights' dtype if none is given."""
         num_rows = self._max_tokens * per_token
-        return Rows(torch.zeros(num_rows, row_values(width), dtype=dtype or self._dtype), width)
+        return Rows(torch.zeros(num_rows, row_values(width), dtype=dtype or self.dtype), width)
 
     def embed(self, table: PackedMatrix, first_token: int, output: Rows, scale: float = 1.0) -> None:
         """output = the table's rows of the tokens, which begin with `first_token`'s, times `scale`; of tokens that it
@@ -100,7 +103,7 @@ class Program:
 
     def add_positions(self, table: torch.Tensor, offset: int, output: Rows) -> None:
         """output += each token's row of `table`, [positions + offset, width], whose row `offset` is of position 0."""
-        wide = _padded(table.to(self._dtype))
+        wide = _padded(table.to(self.dtype))
         operation = Operation(kind=Kind.ADD_POSITIONS, k=wide.shape[1], first=offset)
         self._add(operation, None, output, weight=wide)
 

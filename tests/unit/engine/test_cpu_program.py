@@ -303,9 +303,11 @@ class Mixture:
         program.project(source, trial.matrix(self.router), logits, Finish.STORE)
         program.route(logits, num_experts, num_chosen, whole=whole)
         program.gather(source, gathered)
-        gate_up = trial.packer.stacked_interleaved(list(zip(self.gates, self.ups, strict=True)))
+        gate_up = trial.packer.stacked(list(zip(self.gates, self.ups, strict=True)))
         program.project_experts(gathered, gate_up, num_experts, activated, Finish.ACTIVATE_MULTIPLY, Activation.SILU)
-        program.project_experts(activated, trial.packer.stacked(self.downs), num_experts, sums, Finish.STORE)
+        program.project_experts(
+            activated, trial.packer.stacked([[down] for down in self.downs]), num_experts, sums, Finish.STORE
+        )
         program.combine_experts(sums, residual, Finish.ADD)
         trial.run(num_tokens)
         return residual.values[:num_tokens, :40].clone()
