@@ -1,8 +1,7 @@
 """From what a person names to a model that runs: open, check, then fill the parameters one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,19 +9,16 @@ from torch import nn
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import ColumnParallelLinear, Linear, Reduce, VocabParallelEmbedding, alone
+from engine.models.parallel_layers import Reduce, alone, is_quantizable
 from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, StoredTensor, part_bytes
 from engine.weights.digest import model_digest
+from engine.weights.places import TensorPlaces
 from engine.weights.quantized import GROUP, QuantizedWeight, Quantizer, WeightFormat
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Stored by old checkpoints and computed here from the config.
-_COMPUTED = ".rotary_emb.inv_freq"
-_OUTPUT = "lm_head.weight"
 
 # Of a matrix that is quantised: read at a time.
 _PIECE_VALUES = 1 << 22
@@ -77,12 +73,9 @@ class LoadedModel:
     @property
     def num_bytes(self) -> int:
         """Of the parameters and quantised weights, before an executor takes them."""
-        quantized = sum(
-            module.quantized.nbytes
-            for module in self.model.modules()
-            if isinstance(module, Linear | VocabParallelEmbedding) and module.quantized is not None
-        )
-        return quantized + sum(parameter.nbytes for parameter in self.model.parameters())
+        quantized = (module.quantized for module in self.model.modules() if is_quantizable(module))
+        num_quantized = sum(weight.nbytes for weight in quantized if weight is not None)
+        return num_quantized + sum(parameter.nbytes for parameter in self.model.parameters())
 
 
 def load_model(
@@ -108,9 +101,10 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    _check(build_model(checkpoint.config), checkpoint)
+    places = _places(checkpoint)
+    _check(places, checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
-    held = _held(model)
+    held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
@@ -121,8 +115,8 @@ def load_model(
     done = 0
     on_progress(done, total)
     for tensor, name, part in wanted:
-        module, leaf = _place(model, name)
-        if quantization.format is not None and _is_quantizable(module, leaf):
+        module, leaf = _owner(model, name)
+        if quantization.format is not None and is_quantizable(module) and leaf == "weight":
             quantized = _read_quantized(checkpoint, tensor, part, DTYPES[dtype], quantization)
             module.register_parameter(leaf, None)
             module.quantized = quantized.to(device)
@@ -136,31 +130,26 @@ def load_model(
     return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard)
 
 
-def _held(model: nn.Module) -> dict[str, list[tuple[str, Part]]]:
+def _places(checkpoint: Checkpoint) -> TensorPlaces:
+    """Where the whole model's tensors lie."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in build_model(checkpoint.config).named_parameters()}
+    return TensorPlaces(checkpoint.names, shapes, checkpoint.config.head_dim, checkpoint.tensors)
+
+
+def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, Part]]]:
     """Of each of the checkpoint's tensors: the parameters that it holds, and what of it each is."""
     held: dict[str, list[tuple[str, Part]]] = {}
     for name, _ in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        fused = module.fused if isinstance(module, ColumnParallelLinear) else None
-        tensor = f"{owner.rpartition('.')[0]}.{fused}.{leaf}" if fused else name
-        held.setdefault(tensor, []).append((name, getattr(module, "parts", {}).get(leaf, WHOLE)))
+        part = getattr(model.get_submodule(owner), "parts", {}).get(leaf, WHOLE)
+        tensor, stored_part = places.place(name, part)
+        held.setdefault(tensor, []).append((name, stored_part))
     return held
 
 
-def _stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors that a whole model asks for, and their shapes."""
-    parameters = dict(model.named_parameters())
-    shapes = {}
-    for tensor, of_tensor in _held(model).items():
-        num_rows, *others = parameters[of_tensor[0][0]].shape
-        shapes[tensor] = (max((part.rows.stop for _, part in of_tensor if part.rows), default=num_rows), *others)
-    return shapes
-
-
-def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
-    shapes = _stored_shapes(model)
+    shapes = places.stored_shapes()
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
         if name not in checkpoint.tensors:
@@ -173,25 +162,17 @@ def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
                     f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, and the config asks for "
                     f"{list(expected)}: get config and weights from the same place"
                 )
-        elif not _is_redundant(tensor.name, checkpoint.config):
+        elif not places.is_redundant(tensor.name):
             raise ConfigError(
                 f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
                 "config: get config and weights from the same place"
             )
 
 
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    return name.endswith(_COMPUTED) or (name == _OUTPUT and config.tie_word_embeddings)
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has the parameter, and what it calls it."""
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter, and what it calls it."""
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
-
-
-def _is_quantizable(module: nn.Module, leaf: str) -> TypeGuard[Linear | VocabParallelEmbedding]:
-    return leaf == "weight" and isinstance(module, Linear | VocabParallelEmbedding)
 
 
 def _check_groups(
@@ -199,13 +180,14 @@ def _check_groups(
 ) -> None:
     """Raises ConfigError where a rank's columns cut through a group: its weights would not be those of the whole."""
     for tensor, name, part in wanted:
-        module, leaf = _place(model, name)
-        if part.columns is None or not _is_quantizable(module, leaf):
+        module, _ = _owner(model, name)
+        if part.columns is None or not is_quantizable(module):
             continue
-        if part.columns.start % GROUP or (part.columns.stop % GROUP and part.columns.stop != tensor.shape[1]):
+        columns, num_columns = part.columns, Part(transposed=part.transposed).shape_of(tensor.shape)[1]
+        if columns.start % GROUP or (columns.stop % GROUP and columns.stop != num_columns):
             raise ConfigError(
                 f"--quantization {weight_format.name} has a scale for each {GROUP} columns, and a rank would hold "
-                f"columns {part.columns.start} to {part.columns.stop} of {tensor.name}: choose another --tp, or none"
+                f"columns {columns.start} to {columns.stop} of {tensor.name}: choose another --tp, or none"
             )
 
 
@@ -216,16 +198,18 @@ def _read_quantized(
     assert quantization.format is not None
     n, k = part.shape_of(tensor.shape)
     quantized = QuantizedWeight.empty(quantization.format, n, k, dtype)
-    rows = part.rows_of(tensor.shape)
     # Whole heads, which of some tensors alone can be read.
     head_dim = checkpoint.config.head_dim
     rows_each = max(1, _PIECE_VALUES // k // head_dim) * head_dim
-    for first in range(0, n, rows_each):
-        piece = Part(rows[first : first + rows_each], part.columns)
-        # In float32: what the file's own scales and integers make may be no number of `dtype`.
-        values = checkpoint.read(tensor.name, torch.float32, piece)
-        try:
-            quantized.store_rows(first, values, quantization.quantizer)
-        except ConfigError as error:
-            raise ConfigError(f"{tensor.file}: tensor {tensor.name} {error}: get the file anew") from error
+    stored = 0
+    for run in part.runs_of(tensor.shape):
+        for begin in range(0, len(run), rows_each):
+            # In float32: what the file's own scales and integers make may be no number of `dtype`.
+            piece = replace(part, rows=run[begin : begin + rows_each])
+            values = checkpoint.read(tensor.name, torch.float32, piece)
+            try:
+                quantized.store_rows(stored, values, quantization.quantizer)
+            except ConfigError as error:
+                raise ConfigError(f"{tensor.file}: tensor {tensor.name} {error}: get the file anew") from error
+            stored += len(values)
     return quantized

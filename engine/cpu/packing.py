@@ -37,6 +37,10 @@ class PackedMatrix:
     bias: torch.Tensor
     format: Format = Format.ELEMENT
 
+    @property
+    def num_weights(self) -> int:
+        return self.n * self.k
+
 
 class Packer:
     """Packs matrices, side by side or interleaved, into one."""
@@ -63,6 +67,18 @@ class Packer:
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
             self._interleave(packed, weight, _filled(weight, own_bias), place * _HALF)
         return packed
+
+    def stacked(self, experts: Sequence[Sequence[Weight]]) -> PackedMatrix:
+        """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
+        two, `interleaved`. The bias is that of any expert: zeros."""
+        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
+        packed = self._zeros(len(experts) * size, k, experts[0][0])
+        for expert, weights in enumerate(experts):
+            for place, weight in enumerate(weights):
+                group, stride = (n, 0) if num_parts == 1 else (_HALF, PANEL)
+                self._pack(packed, weight, expert * size + place * _HALF, group, stride)
+        return replace(packed, bias=torch.zeros(size))
 
     def rotary(
         self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int

@@ -1,9 +1,9 @@
 """Linear maps and embeddings of which a rank holds a part; of a rank that is alone, all.
 
-`parts` says of each parameter which rows and columns of the checkpoint's tensor it is.
+`parts` says of each parameter which rows and columns of the whole model's tensor it is.
 """
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -30,25 +30,19 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.quantized: QuantizedWeight | None = None
 
+    def reset_parameters(self) -> None:
+        """Nothing: values come from a checkpoint, and a mixture has thousands of maps."""
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, weight_of(self), self.bias)
 
 
 class ColumnParallelLinear(Linear):
-    """Computes `outputs`, some of the whole map's.
+    """Computes `outputs`, some of the whole map's."""
 
-    Args:
-        fused: The checkpoint's name of a map beside this one that holds it, from `first_row` on; None: it has its own.
-    """
-
-    def __init__(
-        self, in_features: int, outputs: range, *, bias: bool, fused: str | None = None, first_row: int = 0
-    ) -> None:
+    def __init__(self, in_features: int, outputs: range, *, bias: bool) -> None:
         super().__init__(in_features, len(outputs), bias=bias)
-        self.fused = fused
-        first = first_row if fused else 0
-        rows = range(first + outputs.start, first + outputs.stop)
-        self.parts = {"weight": Part(rows=rows), "bias": Part(rows=rows)}
+        self.parts = {"weight": Part(rows=outputs), "bias": Part(rows=outputs)}
 
 
 class RowParallelLinear(Linear):
@@ -82,9 +76,16 @@ class VocabParallelEmbedding(nn.Module):
         return embedding(rows.masked_fill(absent, 0), weight_of(self)).masked_fill_(absent.unsqueeze(-1), 0.0)
 
 
-def weight_of(module: "Linear | VocabParallelEmbedding") -> Weight:
+def is_quantizable(module: nn.Module) -> TypeGuard[Linear | VocabParallelEmbedding]:
+    """Whether a module's matrix may be a `QuantizedWeight`, its `quantized`."""
+    return isinstance(module, Linear | VocabParallelEmbedding)
+
+
+def weight_of(module: nn.Module) -> Weight:
     """A module's matrix, quantised or not."""
-    return module.weight if module.quantized is None else module.quantized
+    if is_quantizable(module) and module.quantized is not None:
+        return module.quantized
+    return module.get_parameter("weight")
 
 
 def times(values: range, size: int) -> range:

@@ -223,7 +223,7 @@ class Failing:
         quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         loaded = load_model(source, dtype, device, on_progress, split, quantization)
-        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "GatedMLP")
+        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded
 

@@ -39,6 +39,9 @@ struct PackedMatrix {
     const Value* step = panel(row / kPanel) + column / Element::kPack * kPanel * Element::kPack;
     return Element::widen_one(step[row % kPanel * Element::kPack + column % Element::kPack]);
   }
+
+  // What a thread keeps of a block of rows from panel to panel.
+  struct Scratch {};
 };
 
 // sums[i][j] = rows[i] * panel column vector j, over num_steps.
@@ -64,19 +67,34 @@ inline void multiply_tile(const void* rows, int64_t row_bytes, const typename El
   }
 }
 
-// Rows [first, first + count) times one panel; finish(row, panel index, sums of the row) for each.
+// Rows [first, first + count) times one panel; finish(row, index, sums of the row) for each.
 template <class Element, int kRows = kMaxRows, class Finish>
 inline void multiply_rows(int count, const void* rows, int64_t row_bytes, const typename Element::Value* panel,
-                          int64_t num_steps, int64_t first, const Finish& finish) {
+                          int64_t num_steps, int64_t first, int64_t index, const Finish& finish) {
   if constexpr (kRows > 1) {
     if (count < kRows) {
-      multiply_rows<Element, kRows - 1>(count, rows, row_bytes, panel, num_steps, first, finish);
+      multiply_rows<Element, kRows - 1>(count, rows, row_bytes, panel, num_steps, first, index, finish);
       return;
     }
   }
   f32x16 sums[kRows][kVectors];
   multiply_tile<Element, kRows>(rows, row_bytes, panel, num_steps, sums);
-  for (int i = 0; i < kRows; ++i) finish(first + i, sums[i]);
+  for (int i = 0; i < kRows; ++i) finish(first + i, index, sums[i]);
+}
+
+// Rows [first, end) of `rows` times one of a matrix' panels, which `finish` knows as `index`.
+template <class Element, class Finish>
+inline void multiply_panel(const PackedMatrix<Element>& matrix, int64_t panel, const void* rows, int64_t row_bytes,
+                           int64_t first, int64_t end, int64_t index, const Finish& finish,
+                           typename PackedMatrix<Element>::Scratch&) {
+  const int64_t num_tiles = (end - first + kMaxRows - 1) / kMaxRows;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    // Of even size: a last tile of one row would cost almost as much as a full one.
+    const int64_t begin = first + (end - first) * tile / num_tiles;
+    const int64_t count = first + (end - first) * (tile + 1) / num_tiles - begin;
+    multiply_rows<Element>(int(count), static_cast<const char*>(rows) + begin * row_bytes, row_bytes,
+                           matrix.panel(panel), matrix.num_steps(), begin, index, finish);
+  }
 }
 
 // Of many rows each thread multiplies its own with all panels, which it then finds in its caches; of few, all threads
@@ -86,35 +104,19 @@ inline int64_t num_row_blocks(int64_t num_rows, int64_t row_bytes, int num_threa
   return num_shares * std::max<int64_t>(1, (num_rows / num_shares * row_bytes + kRowBlockBytes - 1) / kRowBlockBytes);
 }
 
-struct RowBlock {
-  int64_t number, first, end;
-};
-
-// Calls work(row block, first row, end of rows, panel index) once for each panel and tile of at most kMaxRows rows.
-template <class Work>
-void for_each_tile(Team& team, int64_t num_panels, int64_t row_bytes, int64_t num_rows, const Work& work) {
-  const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
-  team.for_each(num_blocks * num_panels, [&](int64_t item) {
-    const int64_t number = item / num_panels, index = item % num_panels;
-    const RowBlock block = {number, num_rows * number / num_blocks, num_rows * (number + 1) / num_blocks};
-    const int64_t size = block.end - block.first, num_tiles = (size + kMaxRows - 1) / kMaxRows;
-    // Of even size: a last tile of one row would cost almost as much as a full one.
-    for (int64_t tile = 0; tile < num_tiles; ++tile)
-      work(block, block.first + size * tile / num_tiles, block.first + size * (tile + 1) / num_tiles, index);
-  });
-}
-
 // The product of `num_rows` rows, `row_bytes` apart, with a matrix. finish(row, panel index, sums[kVectors]) is called
 // once for each row and panel.
-template <class Element, class Finish>
-void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
+template <class Element, class Matrix, class Finish>
+void multiply(Team& team, const Matrix& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
               const Finish& finish) {
-  for_each_tile(team, matrix.num_panels(), row_bytes, num_rows,
-                [&](const RowBlock&, int64_t first, int64_t end, int64_t index) {
-                  multiply_rows<Element>(int(end - first), static_cast<const char*>(rows) + first * row_bytes,
-                                         row_bytes, matrix.panel(index), matrix.num_steps(), first,
-                                         [&](int64_t row, const f32x16* sums) { finish(row, index, sums); });
-                });
+  typename Matrix::Scratch scratch;
+  const int64_t num_panels = matrix.num_panels();
+  const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
+  team.for_each(num_blocks * num_panels, [&](int64_t item) {
+    const int64_t block = item / num_panels, index = item % num_panels;
+    const int64_t first = num_rows * block / num_blocks, end = num_rows * (block + 1) / num_blocks;
+    multiply_panel<Element>(matrix, index, rows, row_bytes, first, end, index, finish, scratch);
+  });
 }
 
 // Stores a matrix [n, k], rows `k` apart, into a packed one. Row i becomes column base + i / group * stride + i % group,

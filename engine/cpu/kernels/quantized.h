@@ -75,6 +75,12 @@ struct QuantizedMatrix {
   static constexpr int64_t kScaleBytes = kPanel * (Format::kHasMinima ? 4 : 2);
   static constexpr int64_t kGroupBytes = kScaleBytes + kLines * kVectors * kLineBytes;
 
+  // What a thread keeps of a block of rows from panel to panel: the sums of their groups.
+  struct Scratch {
+    int64_t first = -1, end = -1;
+    std::vector<float> row_sums;
+  };
+
   const char* data;
   int64_t n, k;
 
@@ -183,29 +189,30 @@ inline void sum_groups(const void* row, int64_t k, float* sums) {
   }
 }
 
-// As `multiply` of a matrix that is not quantised.
+// As of a matrix that is not quantised.
 template <class Element, class Format, class Finish>
-void multiply(Team& team, const QuantizedMatrix<Format>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
-              const Finish& finish) {
+inline void multiply_panel(const QuantizedMatrix<Format>& matrix, int64_t panel, const void* rows, int64_t row_bytes,
+                           int64_t first, int64_t end, int64_t index, const Finish& finish,
+                           typename QuantizedMatrix<Format>::Scratch& scratch) {
   const char* all_rows = static_cast<const char*>(rows);
   const int64_t num_groups = matrix.num_groups();
-  // This thread's, of the block of rows that it works on.
-  std::vector<float> row_sums;
-  int64_t summed_block = -1;
-  for_each_tile(team, matrix.num_panels(), row_bytes, num_rows, [&](const RowBlock& block, int64_t first, int64_t end,
-                                                                    int64_t index) {
-    if (Format::kHasMinima && summed_block != block.number) {
-      row_sums.resize((block.end - block.first) * num_groups);
-      for (int64_t row = block.first; row < block.end; ++row)
-        sum_groups<Element>(all_rows + row * row_bytes, matrix.k, &row_sums[(row - block.first) * num_groups]);
-      summed_block = block.number;
-    }
-    const float* sums = Format::kHasMinima ? &row_sums[(first - block.first) * num_groups] : nullptr;
+  if (Format::kHasMinima && (scratch.first != first || scratch.end != end)) {
+    scratch.row_sums.resize((end - first) * num_groups);
+    for (int64_t row = first; row < end; ++row)
+      sum_groups<Element>(all_rows + row * row_bytes, matrix.k, &scratch.row_sums[(row - first) * num_groups]);
+    scratch.first = first;
+    scratch.end = end;
+  }
+  const int64_t num_tiles = (end - first + kMaxRows - 1) / kMaxRows;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t begin = first + (end - first) * tile / num_tiles;
+    const int64_t count = first + (end - first) * (tile + 1) / num_tiles - begin;
+    const float* row_sums = Format::kHasMinima ? &scratch.row_sums[(begin - first) * num_groups] : nullptr;
     f32x16 totals[kMaxRows][kVectors];
-    multiply_quantized_rows<Element, Format>(int(end - first), matrix, index, all_rows + first * row_bytes, row_bytes,
-                                             sums, totals);
-    for (int64_t row = first; row < end; ++row) finish(row, index, totals[row - first]);
-  });
+    multiply_quantized_rows<Element, Format>(int(count), matrix, panel, all_rows + begin * row_bytes, row_bytes,
+                                             row_sums, totals);
+    for (int64_t i = 0; i < count; ++i) finish(begin + i, index, totals[i]);
+  }
 }
 
 }  // namespace pdmesh
