@@ -52,7 +52,9 @@ _AVX512 = frozenset(
 
 # The best first.
 X86_TARGETS = (
-    Target("avx512-bf16", _AVX512 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    Target(
+        "avx512-bf16", _AVX512 | {"avx512_bf16", "avx512vbmi"}, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+    ),
     Target("avx512", _AVX512, ("-march=x86-64-v4",)),
 )
 

@@ -33,40 +33,116 @@ inline float widen_half(const char* from) {
   return _cvtsh_ss(bits);
 }
 
-// The byte at `position` (0 to 3) of each lane, with its sign, as a float.
-inline f32x16 signed_byte(u32x16 line, int position) {
-  return __builtin_convertvector((i32x16)(line << (24 - 8 * position)) >> 24, f32x16);
-}
+// A line of a format, from which its `unit`th integers come: of each of 16 columns, Element's kPack ones.
+template <class Element>
+struct Int8Line;
+template <class Element>
+struct Int4Line;
 
 struct Int8 {
   static constexpr bool kHasMinima = false;
   static constexpr int kDepth = 4;
+  template <class Element>
+  using Line = Int8Line<Element>;
 
-  // Of Element's kPack integers of each column, from the `unit`th such ones of the line.
-  static inline f32x16 unit(Float32, u32x16 line, int unit) { return signed_byte(line, unit % 2 * 2 + unit / 2); }
-  static inline f32x16 unit(BFloat16, u32x16 line, int unit) {
-    return as_float(as_bits(signed_byte(line, unit)) >> 16 | (as_bits(signed_byte(line, unit + 2)) & 0xffff0000u));
-  }
+  // The `k`th integer of a lane.
   static inline float integer(uint32_t lane, int k) { return float(int8_t(lane >> 8 * (k % 2 * 2 + k / 2))); }
 };
 
 struct Int4 {
   static constexpr bool kHasMinima = true;
   static constexpr int kDepth = 8;
+  template <class Element>
+  using Line = Int4Line<Element>;
 
-  static inline f32x16 unit(Float32, u32x16 line, int unit) {
+  static inline float integer(uint32_t lane, int k) { return float(lane >> 4 * (k % 2 * 4 + k / 2) & 15); }
+};
+
+// The byte at `position` (0 to 3) of each lane, with its sign, as a float.
+inline f32x16 signed_byte(u32x16 line, int position) {
+  return __builtin_convertvector((i32x16)(line << (24 - 8 * position)) >> 24, f32x16);
+}
+
+template <>
+struct Int8Line<Float32> {
+  u32x16 line;
+  f32x16 unit(int unit) const { return signed_byte(line, unit % 2 * 2 + unit / 2); }
+};
+
+#if defined(__AVX512VBMI__)
+
+// The bytes of m in bfloat16, m = 0 to 127: `kHigh`, the upper one.
+template <bool kHigh>
+struct BFloat16Bytes {
+  alignas(64) uint8_t of[128] = {};
+
+  constexpr BFloat16Bytes() {
+    for (int m = 1; m < 128; ++m) {
+      int log = 0;
+      while (m >> (log + 1)) ++log;
+      const int bits = (127 + log) << 7 | ((m << (7 - log)) & 0x7f);
+      of[m] = uint8_t(kHigh ? bits >> 8 : bits);
+    }
+  }
+};
+template <bool kHigh>
+constexpr BFloat16Bytes<kHigh> kBFloat16Bytes;
+
+template <bool kHigh>
+inline u32x16 bfloat16_bytes(__m512i magnitudes) {
+  const uint8_t* bytes = kBFloat16Bytes<kHigh>.of;
+  return (u32x16)_mm512_permutex2var_epi8(_mm512_load_si512(bytes), magnitudes, _mm512_load_si512(bytes + 64));
+}
+
+template <>
+struct Int8Line<BFloat16> {
+  u32x16 low, high;
+
+  Int8Line() = default;
+  Int8Line(u32x16 line) {
+    const __m512i magnitudes = _mm512_abs_epi8((__m512i)line);
+    low = bfloat16_bytes<false>(magnitudes);
+    high = bfloat16_bytes<true>(magnitudes) | (line & 0x80808080u);
+  }
+  // The lower bytes of each half, then the upper ones.
+  f32x16 unit(int unit) const {
+    return unit == 0 ? as_float((low & 0x00ff00ffu) | (u32x16)_mm512_slli_epi16((__m512i)high, 8))
+                     : as_float((u32x16)_mm512_srli_epi16((__m512i)low, 8) | (high & 0xff00ff00u));
+  }
+};
+
+#else
+
+template <>
+struct Int8Line<BFloat16> {
+  u32x16 line;
+  f32x16 unit(int unit) const {
+    return as_float(as_bits(signed_byte(line, unit)) >> 16 | (as_bits(signed_byte(line, unit + 2)) & 0xffff0000u));
+  }
+};
+
+#endif
+
+template <>
+struct Int4Line<Float32> {
+  u32x16 line;
+  f32x16 unit(int unit) const {
     const f32x16 integers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     // Of each lane, the lowest four bits choose.
     return (f32x16)_mm512_permutexvar_ps((__m512i)(line >> 4 * (unit % 2 * 4 + unit / 2)), (__m512)integers);
   }
-  static inline f32x16 unit(BFloat16, u32x16 line, int unit) {
+};
+
+template <>
+struct Int4Line<BFloat16> {
+  u32x16 line;
+  f32x16 unit(int unit) const {
     // 0 to 15 in bfloat16, twice: the lowest five bits choose, of which the fifth is the next integer's.
     const u32x16 integers = {0x3f800000, 0x40404000, 0x40a04080, 0x40e040c0, 0x41104100, 0x41304120,
                              0x41504140, 0x41704160, 0x3f800000, 0x40404000, 0x40a04080, 0x40e040c0,
                              0x41104100, 0x41304120, 0x41504140, 0x41704160};
     return (f32x16)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)line, 4 * unit), (__m512i)integers);
   }
-  static inline float integer(uint32_t lane, int k) { return float(lane >> 4 * (k % 2 * 4 + k / 2) & 15); }
 };
 
 template <class Format>
@@ -99,30 +175,25 @@ struct QuantizedMatrix {
   }
 };
 
-// sums += rows' values of one group * its integers, over num_steps of it.
-template <class Element, class Format, int kRows, bool kWhole>
-inline void multiply_group(const char* rows, int64_t row_bytes, const char* lines, int64_t num_steps,
-                           f32x16 (&sums)[kRows][kVectors]) {
+// sums += rows' values of one group * its integers.
+template <class Element, class Format, int kRows>
+__attribute__((always_inline)) inline void multiply_group(const char* rows, int64_t row_bytes, const char* lines, f32x16 (&sums)[kRows][kVectors]) {
   constexpr int kUnits = Format::kDepth / Element::kPack;
-  constexpr int kLines = kGroup / Format::kDepth;
   // Streaming through memory, a core waits less the earlier it asks.
   constexpr int64_t kAhead = 2048;
-#pragma GCC unroll 8
-  for (int line = 0; line < kLines; ++line) {
-    u32x16 integers[kVectors];
+  for (int line = 0; line < kGroup / Format::kDepth; ++line) {
+    typename Format::template Line<Element> integers[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       const char* from = lines + (line * kVectors + j) * kLineBytes;
-      integers[j] = load<u32x16>(from);
+      integers[j] = {load<u32x16>(from)};
       __builtin_prefetch(from + kAhead);
     }
 #pragma GCC unroll 8
     for (int unit = 0; unit < kUnits; ++unit) {
-      const int64_t step = line * kUnits + unit;
-      if (!kWhole && step >= num_steps) return;
       f32x16 columns[kVectors];
-      for (int j = 0; j < kVectors; ++j) columns[j] = Format::unit(Element{}, integers[j], unit);
+      for (int j = 0; j < kVectors; ++j) columns[j] = integers[j].unit(unit);
       for (int i = 0; i < kRows; ++i) {
-        const uint32_t of_row = row_unit(rows + i * row_bytes, step);
+        const uint32_t of_row = row_unit(rows + i * row_bytes, line * kUnits + unit);
         for (int j = 0; j < kVectors; ++j) sums[i][j] = Element::multiply_add(sums[i][j], of_row, columns[j]);
       }
     }
@@ -131,23 +202,26 @@ inline void multiply_group(const char* rows, int64_t row_bytes, const char* line
 
 // totals[i][j] = rows[i] * panel column vector j. `row_sums`: of each row, the sums of its groups, num_groups apart.
 template <class Element, class Format, int kRows>
-__attribute__((noinline)) void multiply_quantized_tile(const QuantizedMatrix<Format>& matrix, int64_t index,
+__attribute__((noinline)) void multiply_quantized_tile(const QuantizedMatrix<Format>& matrix, int64_t panel,
                                                        const char* rows, int64_t row_bytes, const float* row_sums,
                                                        f32x16 (*totals)[kVectors]) {
-  constexpr int64_t kGroupRowBytes = kGroup / Element::kPack * 4;
+  constexpr int64_t kGroupRowBytes = kGroup * sizeof(typename Element::Value);
   const int64_t num_groups = matrix.num_groups();
-  const char* group = matrix.panel(index);
+  const char* group = matrix.panel(panel);
+  char padded[kRows][kGroupRowBytes];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVectors; ++j) totals[i][j] = f32x16{};
   for (int64_t g = 0; g < num_groups; ++g) {
+    if (matrix.k - g * kGroup < kGroup) {
+      // What lies behind the end of a row is another one's.
+      std::memset(padded, 0, sizeof padded);
+      for (int i = 0; i < kRows; ++i)
+        std::memcpy(padded[i], rows + i * row_bytes, (matrix.k - g * kGroup) * sizeof(typename Element::Value));
+      rows = padded[0];
+      row_bytes = kGroupRowBytes;
+    }
     f32x16 sums[kRows][kVectors] = {};
-    const char* lines = group + matrix.kScaleBytes;
-    const int64_t num_left = matrix.k - g * kGroup;
-    if (num_left >= kGroup)
-      multiply_group<Element, Format, kRows, true>(rows, row_bytes, lines, 0, sums);
-    else
-      multiply_group<Element, Format, kRows, false>(rows, row_bytes, lines,
-                                                    (num_left + Element::kPack - 1) / Element::kPack, sums);
+    multiply_group<Element, Format, kRows>(rows, row_bytes, group + matrix.kScaleBytes, sums);
     for (int j = 0; j < kVectors; ++j) {
       const f32x16 scales = widen_halves(group + 32 * j);
       for (int i = 0; i < kRows; ++i) totals[i][j] = fused_multiply_add(scales, sums[i][j], totals[i][j]);
