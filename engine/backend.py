@@ -106,8 +106,8 @@ def _cpu_backend(
     sampling = CpuSampling(path, vocab_size=loaded.config.vocab_size, num_threads=num_threads)
     if kv_cache.layout == PLAIN:
         log.warning(
-            "computing in plain torch, several times slower than the CPU kernels: these serve Llama and its relatives "
-            "in float32 and bfloat16, with blocks and heads of a multiple of 16"
+            "computing in plain torch, several times slower than the CPU kernels: these serve float32 and bfloat16, "
+            "blocks of a multiple of 16, and heads of a multiple of 16 up to 256"
         )
         executor = TorchExecutor(loaded.model, kv_cache, last_stage=loaded.shard.last_stage)
         return Backend(executor, sampling, kv_cache.device)
