@@ -80,7 +80,7 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    _check(build_model(checkpoint.config), checkpoint)
+    check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
     held = _held(model)
     # In the order in which reading is fastest.
@@ -122,9 +122,9 @@ def _stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def check_tensors(checkpoint: Checkpoint) -> None:
     """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
-    shapes = _stored_shapes(model)
+    shapes = _stored_shapes(build_model(checkpoint.config))
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
         if name not in checkpoint.tensors:

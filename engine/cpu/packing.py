@@ -30,9 +30,14 @@ class PackedMatrix:
     values: torch.Tensor
     bias: torch.Tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory."""
+        return self.values.nbytes + self.bias.nbytes
+
 
 class Packer:
-    """Packs matrices, side by side or interleaved, into one."""
+    """Packs matrices, side by side or interleaved, into one. Of matrices on "meta", it gives what has shapes alone."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -41,7 +46,7 @@ class Packer:
     def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
         n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        values = self._zeros(n, k)
+        values = self._zeros(n, k, weights[0].device)
         base = 0
         for weight in weights:
             self._kernels.pack(values, weight, base, len(weight), 0)
@@ -52,7 +57,7 @@ class Packer:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
         (size, k) = weights[0].shape
         n = 2 * padded(size, _HALF)
-        values, bias = self._zeros(n, k), torch.zeros(n)
+        values, bias = self._zeros(n, k, weights[0].device), torch.zeros(n)
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
             self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
         return PackedMatrix(n, k, values, bias)
@@ -66,7 +71,7 @@ class Packer:
         head_columns = 2 * padded(half, _HALF)
         num_turned = (len(q) + len(k)) // head_dim * head_columns
         n = num_turned + len(v)
-        values, bias = self._zeros(n, q.shape[1]), torch.zeros(padded(n))
+        values, bias = self._zeros(n, q.shape[1], q.device), torch.zeros(padded(n))
         base = 0
         for weight, own_bias in _pairs(weights, biases)[:2]:
             filled = _filled(weight, own_bias)
@@ -98,9 +103,11 @@ class Packer:
         outputs = torch.arange(len(weight))
         bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
 
-    def _zeros(self, n: int, k: int) -> torch.Tensor:
+    def _zeros(self, n: int, k: int, device: torch.device) -> torch.Tensor:
         dtype = self._kernels.dtype
         num_values = padded(n) * padded(k, PACK[dtype])
+        if device.type == "meta":
+            return torch.empty(num_values, dtype=dtype, device=device)
         return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
 
 

@@ -64,6 +64,13 @@ class Program:
         self._kept: list[torch.Tensor] = []
         # Of each sum.
         self._partials: list[Rows] = []
+        # What operations write, by itself.
+        self._written: dict[int, torch.Tensor] = {}
+
+    @property
+    def num_buffer_bytes(self) -> int:
+        """Of the rows that operations write. Others take no memory: nobody writes them."""
+        return sum(values.nbytes for values in self._written.values())
 
     def rows(self, width: int, dtype: torch.dtype | None = None) -> Rows:
         """A buffer, of the weights' dtype if none is given."""
@@ -160,6 +167,7 @@ class Program:
         rank_bytes: int = 0,
     ) -> None:
         self._kept += [rows.values for rows in (source, output) if rows is not None]
+        self._written[id(output.values)] = output.values
         self._kept += [tensor for tensor in (weight, bias) if tensor is not None]
         self._operations.append(
             Operation(
