@@ -12,11 +12,11 @@ from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import pack_model
 from engine.cpu.packing import PACK, Packer, padded
 from engine.cpu.program import Program, Rows
+from engine.decoder_config import AttentionConfig, DecoderLayers, MlpConfig, NormConfig, RotaryPositions
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
-from engine.models.gated_config import GatedLayers
-from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.decoder import DecoderForCausalLM
 from engine.rope import rotation_table
 
 # kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
@@ -30,14 +30,25 @@ _MIN_SHARED_WORK = 5_000_000
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
-    if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
+    layers = DecoderLayers.of(config)
+    if dtype not in PACK or not _is_lowered(layers):
         return None
-    rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
+    rotary_dim = layers.rope.rotary_dim(config.head_dim)
     if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
     return KVLayout(PACK[dtype])
+
+
+def _is_lowered(layers: DecoderLayers) -> bool:
+    """Whether a decoder has no other parts than Llama and its nearest relatives have: engine/cpu/lowering.py."""
+    if not isinstance(layers.positions, RotaryPositions) or len(layers.positions.tables) != 1:
+        return False
+    attention, mlp = layers.attention, layers.mlp
+    plain = AttentionConfig(attention.qkv_bias, attention.output_bias, attention.qk_norm)
+    norm = NormConfig("rms", layers.norm.eps)
+    return layers == DecoderLayers(norm, layers.positions, plain, MlpConfig(bias=mlp.bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +90,16 @@ class CpuExecutor:
         sums: SharedSums | SumsBetween | None = None,
     ) -> None:
         config, shard = loaded.config, loaded.shard
-        assert isinstance(loaded.model, GatedDecoderForCausalLM)
+        layers = DecoderLayers.of(config)
+        rope = layers.rope
+        assert isinstance(loaded.model, DecoderForCausalLM)
         assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, Packer(kernels))
+        packed = pack_model(loaded.model, Packer(kernels), rope.rotary_dim(config.head_dim))
         self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
@@ -95,7 +108,6 @@ class CpuExecutor:
         # Its memory is used by address.
         self._kv_cache = kv_cache
         # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        rope = GatedLayers.of(config).rope
         self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
@@ -110,7 +122,7 @@ class CpuExecutor:
             layer_stride=layer_stride,
             cosines=self._cosines.data_ptr(),
             sines=self._sines.data_ptr(),
-            score_scale=config.head_dim**-0.5,
+            score_scale=layers.score_scale(config.head_dim),
             group=ctypes.pointer(within.group) if within else None,
         )
         # Memory is taken from the system as it is first written: rows that no step needs cost nothing.

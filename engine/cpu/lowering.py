@@ -1,4 +1,4 @@
-"""A decoder as a program of the kernels: the arithmetic of engine/models/layers.py, operation by operation."""
+"""A decoder as a program of the kernels: the arithmetic of engine/models/decoder.py, operation by operation."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,8 +9,8 @@ from engine.cpu.library import Finish
 from engine.cpu.packed_model import PackedLayer, PackedModel
 from engine.cpu.packing import PackedMatrix
 from engine.cpu.program import Program, Rows
-from engine.models.gated_decoder import GatedDecoderForCausalLM
-from engine.models.layers import DecoderLayer
+from engine.models.decoder import DecoderForCausalLM
+from engine.models.decoder_layer import DecoderLayer
 from engine.parallel.shard import Shard
 
 
@@ -38,7 +38,7 @@ class LoweredModel:
 
 
 def lower_decoder(
-    model: GatedDecoderForCausalLM, packed: PackedModel, shard: Shard, program: Program, partial_rows: PartialRows
+    model: DecoderForCausalLM, packed: PackedModel, shard: Shard, program: Program, partial_rows: PartialRows
 ) -> LoweredModel:
     """Appends the model's operations to `program`. Its matrices are `packed`; of itself, norms are read."""
     decoder = model.model
@@ -84,7 +84,7 @@ def lower_decoder(
             wanted = program.rows(width, torch.float32).of_outputs()
             program.select(residual, wanted)
             residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
-        program.attend(index, buffers.queries, buffers.attended, attention.window)
+        program.attend(index, buffers.queries, buffers.attended, attention.scores.window)
         add(buffers.attended, weights.output, 0)
         norm = layer.post_attention_layernorm
         program.rms_norm(residual, norm.weight, norm.eps, normed)

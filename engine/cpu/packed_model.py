@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from engine.cpu.packing import PackedMatrix, Packer
-from engine.models.gated_decoder import GatedDecoderForCausalLM
-from engine.models.layers import DecoderLayer
+from engine.models.decoder import DecoderForCausalLM
+from engine.models.decoder_layer import DecoderLayer
+from engine.models.mlp import MLP
 from engine.models.parallel_layers import VocabParallelEmbedding
 
 
@@ -44,11 +45,15 @@ class PackedModel:
     lm_head: PackedMatrix | None
 
 
-def pack_model(model: GatedDecoderForCausalLM, packer: Packer) -> PackedModel:
-    """Packs the model's matrices, taking each out of the model."""
+def pack_model(model: DecoderForCausalLM, packer: Packer, rotary_dim: int) -> PackedModel:
+    """Packs the model's matrices, taking each out of the model.
+
+    Args:
+        rotary_dim: How many of each head's dimensions turn.
+    """
     decoder = model.model
     embedding = None if decoder.embed_tokens is None else _packed(packer, decoder.embed_tokens)
-    layers = tuple(_packed_layer(layer, packer, decoder.rotary_dim) for layer in decoder.layers.values())
+    layers = tuple(_packed_layer(layer, packer, rotary_dim) for layer in decoder.layers.values())
     if decoder.norm is None:
         return PackedModel(embedding, layers, None)
     return PackedModel(embedding, layers, embedding if model.lm_head is None else _packed(packer, model.lm_head))
@@ -57,6 +62,8 @@ def pack_model(model: GatedDecoderForCausalLM, packer: Packer) -> PackedModel:
 def _packed_layer(layer: nn.Module, packer: Packer, rotary_dim: int) -> PackedLayer:
     assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.self_attn, layer.mlp
+    assert isinstance(mlp, MLP)
+    assert mlp.gate_proj is not None
     projections = _taken(attention.q_proj, attention.k_proj, attention.v_proj)
     norms = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
     return PackedLayer(
