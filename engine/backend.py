@@ -25,8 +25,7 @@ from engine.torch_sampling import TorchSampling
 log = logging.getLogger(__name__)
 
 _NOT_FOR_CPU_KERNELS = (
-    "these serve Llama and its relatives in float32 and bfloat16, with blocks and heads of a multiple of 16, and parts "
-    "of heads that turn of 32"
+    "these serve float32 and bfloat16, blocks and heads of a multiple of 16, and mixtures of experts without biases"
 )
 
 

@@ -31,6 +31,10 @@ class PackedMatrix:
     bias: torch.Tensor
 
     @property
+    def num_weights(self) -> int:
+        return self.n * self.k
+
+    @property
     def num_bytes(self) -> int:
         """That it takes in memory."""
         return self.values.nbytes + self.bias.nbytes
@@ -61,6 +65,18 @@ class Packer:
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
             self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
         return PackedMatrix(n, k, values, bias)
+
+    def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
+        """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
+        two, `interleaved`. The bias is that of any expert: zeros."""
+        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
+        values = self._zeros(len(experts) * size, k, experts[0][0].device)
+        for expert, weights in enumerate(experts):
+            for place, weight in enumerate(weights):
+                group, stride = (n, 0) if num_parts == 1 else (_HALF, PANEL)
+                self._kernels.pack(values, weight, expert * size + place * _HALF, group, stride)
+        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int

@@ -10,24 +10,26 @@ from torch import nn
 
 from engine.backend import Way
 from engine.config import EngineConfig
+from engine.cpu.angles import angles_of
 from engine.cpu.library import Kernels
 from engine.cpu.lowering import lower_decoder
-from engine.cpu.packed_model import PackedModel, pack_model
+from engine.cpu.packed_model import pack_model
 from engine.cpu.packing import Packer
 from engine.cpu.program import Program, Rows
+from engine.decoder_config import DecoderLayers, RotaryPositions
 from engine.footprint.peak import peak_step_bytes
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.gated_config import GatedLayers
-from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.shard import Shard
-from engine.rope import rotation_table
 from engine.runner import PROMPT_LOGITS_ROWS
 
 _EMBEDDING = "embed_tokens"
 _OUTPUT = "lm_head"
+# Angles of these are made, to see what those of any number take.
+_FEW_POSITIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,61 +102,58 @@ def _weights(model: CausalLM) -> WeightBytes:
 def _on_cpu_kernels(
     config: EngineConfig, model_config: ModelConfig, shard: Shard, max_model_len: int
 ) -> tuple[WeightBytes, int]:
-    """Packs one layer of each kind: a large model has many, and but a few kinds."""
-    (first, *_), *others = _kinds(model_config, shard)
-    model, packed = _packed(config, model_config, _of_layer(shard, first))
-    program = Program(config.max_num_batched_tokens, DTYPES[config.dtype_name])
+    """Packs one layer of each kind, with those between: a large model has many layers, and but a few kinds."""
+    kinds = _kinds(model_config, shard)
+    firsts = [layers[0] for layers in kinds]
+    probe = replace(shard, layers=range(min(firsts), max(firsts) + 1))
+    dtype, layers = DTYPES[config.dtype_name], DecoderLayers.of(model_config)
+    model = _model(config, model_config, probe)
+    assert isinstance(model, DecoderForCausalLM)
+    _give_values_to_vectors(model)
+    packed = pack_model(model, model_config, Packer(_NoKernels(dtype)))
+    angles = angles_of(layers.positions, model_config.head_dim, _FEW_POSITIONS)
+    program = Program(config.max_num_batched_tokens, dtype)
 
     def partial_rows(place: int, width: int) -> Rows:
         # They lie in memory that the ranks share, each rank's beside the others'.
         return program.rows(width, torch.float32)
 
-    lower_decoder(model, packed, shard, program, partial_rows)
-    layers_bytes = _layer_bytes(packed) * (len(shard.layers) - sum(map(len, others)))
-    layers_bytes += sum(
-        len(layers) * _layer_bytes(_packed(config, model_config, _of_layer(shard, layers[0]))[1]) for layers in others
-    )
-    output = packed.lm_head if packed.lm_head is not packed.embedding else None
+    lower_decoder(model.model, layers, packed, probe, angles, program, partial_rows)
+    of_layers = sum(len(of_kind) * packed.layers[of_kind[0] - probe.layers.start].num_bytes for of_kind in kinds)
     weights = WeightBytes(
-        embedding=packed.embedding.num_bytes if packed.embedding else 0,
-        layers=layers_bytes,
-        output=output.num_bytes if output else 0,
+        embedding=sum(matrix.num_bytes for matrix in (packed.embedding, packed.project_in) if matrix),
+        # With what the kernels read of the model itself: norms and learned positions.
+        layers=of_layers + sum(parameter.nbytes for parameter in model.parameters()),
+        output=sum(
+            matrix.num_bytes
+            for matrix in (packed.lm_head, packed.project_out)
+            if matrix and matrix is not packed.embedding
+        ),
     )
-    rope = GatedLayers.of(model_config).rope
-    table_bytes = max_model_len * sum(table.nbytes for table in rotation_table(rope, model_config.head_dim, 1))
-    return weights, program.num_buffer_bytes + table_bytes
+    angles_bytes = sum(each.num_bytes for each in angles)
+    if isinstance(layers.positions, RotaryPositions):
+        angles_bytes = angles_bytes * max_model_len // _FEW_POSITIONS
+    return weights, program.num_bytes + angles_bytes
 
 
 def _kinds(model_config: ModelConfig, shard: Shard) -> list[list[int]]:
     """The shard's layers, those together that have parameters of the same shapes."""
     kinds: dict[tuple[torch.Size, ...], list[int]] = {}
     for layer in shard.layers:
-        model = build_model(model_config, _of_layer(shard, layer))
-        kinds.setdefault(tuple(parameter.shape for parameter in model.parameters()), []).append(layer)
+        # Of no stage that has an embedding or an output.
+        one = replace(shard, layers=range(layer, layer + 1), pp_rank=1, pp_size=3)
+        shapes = tuple(parameter.shape for parameter in build_model(model_config, one).parameters())
+        kinds.setdefault(shapes, []).append(layer)
     return list(kinds.values())
 
 
-def _of_layer(shard: Shard, layer: int) -> Shard:
-    return replace(shard, layers=range(layer, layer + 1))
-
-
-def _packed(
-    config: EngineConfig, model_config: ModelConfig, shard: Shard
-) -> tuple[GatedDecoderForCausalLM, PackedModel]:
-    """On "meta", but for vectors, with which torch does more than with matrices."""
-    model = _model(config, model_config, shard)
-    assert isinstance(model, GatedDecoderForCausalLM)
+def _give_values_to_vectors(model: CausalLM) -> None:
+    """Zeros: packing does more with vectors than with matrices, which stay on "meta"."""
     for name, parameter in list(model.named_parameters()):
         if parameter.dim() == 1:
             owner, _, leaf = name.rpartition(".")
             vector = nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False)
             model.get_submodule(owner).register_parameter(leaf, vector)
-    return model, pack_model(model, Packer(_NoKernels(DTYPES[config.dtype_name])))
-
-
-def _layer_bytes(packed: PackedModel) -> int:
-    (layer,) = packed.layers
-    return sum(matrix.num_bytes for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down))
 
 
 def _logits_bytes(config: EngineConfig, shard: Shard) -> int:
