@@ -28,6 +28,10 @@ class PackedMlp:
     def num_weights(self) -> int:
         return self.up.num_weights + self.down.num_weights
 
+    @property
+    def num_bytes(self) -> int:
+        return self.up.num_bytes + self.down.num_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PackedMixture:
@@ -51,6 +55,10 @@ class PackedMixture:
         of_experts = self.up.num_weights + self.down.num_weights
         return self.router.num_weights + of_experts * self.num_chosen // self.num_experts
 
+    @property
+    def num_bytes(self) -> int:
+        return self.router.num_bytes + self.up.num_bytes + self.down.num_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
@@ -69,6 +77,11 @@ class PackedLayer:
     def num_weights(self) -> int:
         """That one token is multiplied with."""
         return self.qkv.num_weights + self.output.num_weights + self.mlp.num_weights
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices in memory."""
+        return self.qkv.num_bytes + self.output.num_bytes + self.mlp.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
