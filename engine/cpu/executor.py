@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
+from engine.cpu.angles import angles_of
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import pack_model
 from engine.cpu.packing import PACK, Packer, padded
-from engine.cpu.program import Program, Rows
-from engine.decoder_config import AttentionConfig, DecoderLayers, MlpConfig, NormConfig, RotaryPositions
+from engine.cpu.program import MAX_EXPERTS, Program, Rows
+from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
-from engine.rope import rotation_table
 
-# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
 _MAX_HEAD_DIM = 256
 
@@ -30,25 +30,12 @@ _MIN_SHARED_WORK = 5_000_000
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
-    layers = DecoderLayers.of(config)
-    if dtype not in PACK or not _is_lowered(layers):
+    experts = DecoderLayers.of(config).experts
+    if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):
         return None
-    rotary_dim = layers.rope.rotary_dim(config.head_dim)
-    if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
-        return None
-    if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
+    if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
     return KVLayout(PACK[dtype])
-
-
-def _is_lowered(layers: DecoderLayers) -> bool:
-    """Whether a decoder has no other parts than Llama and its nearest relatives have: engine/cpu/lowering.py."""
-    if not isinstance(layers.positions, RotaryPositions) or len(layers.positions.tables) != 1:
-        return False
-    attention, mlp = layers.attention, layers.mlp
-    plain = AttentionConfig(attention.qkv_bias, attention.output_bias, attention.qk_norm)
-    norm = NormConfig("rms", layers.norm.eps)
-    return layers == DecoderLayers(norm, layers.positions, plain, MlpConfig(bias=mlp.bias))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +78,23 @@ class CpuExecutor:
     ) -> None:
         config, shard = loaded.config, loaded.shard
         layers = DecoderLayers.of(config)
-        rope = layers.rope
         assert isinstance(loaded.model, DecoderForCausalLM)
         assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
+        self._logit_cap = layers.logit_soft_cap
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, Packer(kernels), rope.rotary_dim(config.head_dim))
-        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
+        packed = pack_model(loaded.model, config, Packer(kernels))
+        angles = angles_of(layers.positions, config.head_dim, max_position)
+        self._model = lower_decoder(loaded.model.model, layers, packed, shard, angles, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
         )
         # Its memory is used by address.
         self._kv_cache = kv_cache
-        # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
@@ -116,13 +102,9 @@ class CpuExecutor:
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
-            num_turned=rope.rotary_dim(config.head_dim) // 2,
             block_stride=block_stride,
             head_stride=head_stride,
             layer_stride=layer_stride,
-            cosines=self._cosines.data_ptr(),
-            sines=self._sines.data_ptr(),
-            score_scale=layers.score_scale(config.head_dim),
             group=ctypes.pointer(within.group) if within else None,
         )
         # Memory is taken from the system as it is first written: rows that no step needs cost nothing.
@@ -158,7 +140,17 @@ class CpuExecutor:
             n=lm_head.n,
             k=lm_head.k,
         )
-        self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
+        operations = (Operation * 1)(project)
+        if self._logit_cap is not None:
+            cap = Operation(
+                kind=Kind.CAP,
+                output=project.output,
+                output_bytes=project.output_bytes,
+                n=lm_head.n,
+                scale=self._logit_cap,
+            )
+            operations = (Operation * 2)(project, cap)
+        self._run(Step(num_tokens=num_rows), operations, lm_head.num_weights)
         return logits
 
     def _private_rows(self, place: int, width: int) -> Rows:
