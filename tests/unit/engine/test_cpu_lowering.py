@@ -193,28 +193,6 @@ def test_the_kernels_compute_what_torch_does(name: str) -> None:
         assert (of_text - of_expected).abs().max() < 1e-5 * of_expected.abs().max()
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_in_bfloat16_they_are_as_near_as_torch(name: str) -> None:
-    config, dtype = DECODERS[name], torch.bfloat16
-    values = random_values(config)
-    exact = torch.cat(compute(Texts(loaded(config, values, torch.float32), TEXTS)))
-    in_torch = torch.cat(compute(Texts(loaded(config, values, dtype), TEXTS)))
-    ours = torch.cat(compute(texts_on_kernels(loaded(config, values, dtype), dtype)))
-    assert (ours - exact).norm() < 1.2 * (in_torch - exact).norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_row_has_the_same_bits_however_steps_are_cut(name: str, dtype: torch.dtype) -> None:
-    config = DECODERS[name]
-    values = random_values(config)
-    together = compute(texts_on_kernels(loaded(config, values, dtype), dtype))
-    alone = texts_on_kernels(loaded(config, values, dtype), dtype)
-    for text, tokens in enumerate(TEXTS):
-        alone.step({text: len(tokens)})
-        assert torch.equal(alone.logits_of(text), together[text])
-
-
 class Ranks:
     """A `ModelExecutor` of ranks in threads of one process, each with a cache of its own."""
 
