@@ -30,6 +30,8 @@ from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import seal
 from pdmesh.types import BlockRun, KVNode, ModelInfo, PairingFacts
 
+_KV_DTYPES = {**DTYPES, "int8": torch.int8}
+
 
 class ModelLoader(Protocol):
     """`engine.loader.load_model`, or what stands in for it."""
@@ -124,7 +126,7 @@ def load_part(
             torch.cuda.set_device(device)
         loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
         share = group.kv_share(loaded, device)
-    block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
+    block_bytes = bytes_per_block(loaded.config, config.block_size, _KV_DTYPES[config.kv_dtype_name])
     available_bytes = int(available_memory_bytes(device) / share)
     size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
     return LoadedPart(config, loaded, device, size, group)
@@ -186,13 +188,15 @@ class LoadedPart:
         """
         config, model, group, shard = self.config, self.model, self.group, self.model.shard
         weight_bytes = model.num_bytes
-        block_bytes = bytes_per_block(model.config, config.block_size, self.dtype)
+        kv_dtype = _KV_DTYPES[config.kv_dtype_name]
+        block_bytes = bytes_per_block(model.config, config.block_size, kv_dtype)
         kv_cache = KVCache(
             model.config,
             num_blocks=serve.num_blocks,
             block_size=config.block_size,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=kv_dtype,
             layout=kv_layout(config, model.config, self.dtype),
             kv_heads=shard.kv_heads,
             layers=shard.layers,
@@ -276,7 +280,7 @@ def _around(
         facts=PairingFacts(
             model_digest=part.model.digest,
             dtype=config.dtype_name,
-            kv_dtype=config.dtype_name,
+            kv_dtype=config.kv_dtype_name,
             block_size=config.block_size,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,

@@ -40,7 +40,8 @@ class Backend:
 def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
     """The layout of the KV cache. On a CPU it is the kernels', also where plain torch computes: workers with and
     without them exchange blocks as they lie."""
-    layout = cpu_layout(model, config.block_size, dtype) if config.torch_device.type == "cpu" else None
+    int8 = config.kv_cache_dtype == "int8"
+    layout = cpu_layout(model, config.block_size, dtype, int8=int8) if config.torch_device.type == "cpu" else None
     return layout or PLAIN
 
 
@@ -73,7 +74,7 @@ def choose_backend(
         max_model_len: Tokens of the longest request.
         max_blocks: Blocks of it.
     """
-    device, shard = kv_cache.device, loaded.shard
+    device, kv_dtype, shard = kv_cache.device, kv_cache.data.dtype, loaded.shard
     if kernels is not None:
         return _cpu_backend(kernels, config, loaded, kv_cache, exchange, max_model_len)
     if config.compile:
@@ -81,7 +82,7 @@ def choose_backend(
         from engine.compiled import compile_layers
 
         compile_layers(loaded.model, kv_cache)
-    elif config.kernels == "auto" and shard.pp_size == 1 and can_use_kernels(loaded.config, device):
+    elif config.kernels == "auto" and shard.pp_size == 1 and can_use_kernels(loaded.config, device, kv_dtype):
         # Imports Triton.
         from engine.cuda.executor import CudaExecutor
 

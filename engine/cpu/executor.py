@@ -28,8 +28,8 @@ _MAX_HEAD_DIM = 256
 _MIN_SHARED_WORK = 5_000_000
 
 
-def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
-    """The KV layout that the kernels read; None where they cannot serve the model."""
+def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, *, int8: bool = False) -> KVLayout | None:
+    """The KV layout that the kernels read, of KV in int8 or in `dtype`; None where they cannot serve the model."""
     if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
         return None
     rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
@@ -37,7 +37,7 @@ def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLa
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    return KVLayout(PACK[dtype])
+    return None if int8 else KVLayout(PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)

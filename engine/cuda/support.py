@@ -16,8 +16,14 @@ MAX_GROUP = 32
 _MIN_CAPABILITY = (8, 0)
 
 
-def unsupported(config: ModelConfig) -> str | None:
-    """Why the kernels cannot serve a model of this shape, whatever the device; None: they can."""
+def unsupported(config: ModelConfig, kv_dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve a model of this shape, whatever the device; None: they can.
+
+    Args:
+        kv_dtype: What the KV cache stores.
+    """
+    if kv_dtype == torch.int8:
+        return "the KV cache is int8"
     if config.head_dim > MAX_HEAD_DIM:
         return f"the model's heads have {config.head_dim} dimensions, and {MAX_HEAD_DIM} are supported"
     group = config.num_heads // config.num_kv_heads
@@ -28,7 +34,7 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def can_use_kernels(config: ModelConfig, device: torch.device) -> bool:
+def can_use_kernels(config: ModelConfig, device: torch.device, kv_dtype: torch.dtype) -> bool:
     """Whether to make a `CudaExecutor`; where not, and the device is CUDA, a warning says why."""
     if device.type != "cuda":
         return False
@@ -37,7 +43,7 @@ def can_use_kernels(config: ModelConfig, device: torch.device) -> bool:
     elif torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         reason = "the device is older than compute capability 8.0"
     else:
-        reason = unsupported(config)
+        reason = unsupported(config, kv_dtype)
     if reason is not None:
         log.warning("computing in plain torch, several times slower than the CUDA kernels: %s", reason)
     return reason is None
