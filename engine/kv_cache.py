@@ -77,13 +77,13 @@ class _Tile:
     def values(self, tiles: torch.Tensor) -> torch.Tensor:
         """[..., 2, block_size, head_dim], a view of bytes [..., num_bytes]."""
         values = tiles[..., : self.value_bytes].view(self.kv_dtype)
-        return values.unflatten(-1, (2, self.block_size, self.head_dim))
+        return values.view(*tiles.shape[:-1], 2, self.block_size, self.head_dim)
 
     def scales(self, tiles: torch.Tensor) -> torch.Tensor | None:
         """[..., 2, block_size], likewise; None where values have none."""
         if self.kv_dtype != torch.int8:
             return None
-        return tiles[..., self.scales_begin :].view(torch.float32).unflatten(-1, (2, self.block_size))
+        return tiles[..., self.scales_begin :].view(torch.float32).view(*tiles.shape[:-1], 2, self.block_size)
 
 
 class KVCache:
