@@ -37,7 +37,8 @@ def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, *, int8
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    return None if int8 else KVLayout(PACK[dtype])
+    # int8 is widened to float32, of which a multiply-add takes one.
+    return KVLayout(1 if int8 else PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class CpuExecutor:
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
         packed = pack_model(loaded.model, Packer(kernels))
-        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
+        int8_kv = kv_cache.scales is not None
+        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows, int8_kv=int8_kv)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
@@ -100,6 +102,7 @@ class CpuExecutor:
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
+            int8_cache=int8_kv,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,

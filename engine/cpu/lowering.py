@@ -38,7 +38,13 @@ class LoweredModel:
 
 
 def lower_decoder(
-    model: GatedDecoderForCausalLM, packed: PackedModel, shard: Shard, program: Program, partial_rows: PartialRows
+    model: GatedDecoderForCausalLM,
+    packed: PackedModel,
+    shard: Shard,
+    program: Program,
+    partial_rows: PartialRows,
+    *,
+    int8_kv: bool,
 ) -> LoweredModel:
     """Appends the model's operations to `program`. Its matrices are `packed`; of itself, norms are read."""
     decoder = model.model
@@ -72,13 +78,14 @@ def lower_decoder(
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
         program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
         attention = layer.self_attn
-        if weights.head_scales is None:
+        if attention.q_norm is None and not int8_kv:
             program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
         else:
-            # A head lies over several panels, which several threads may compute: it is normalised when all are there.
+            # A head lies over several panels, which several threads may compute: it is normalised, and its K and V
+            # quantised, when all are there.
             program.project(normed, weights.qkv, buffers.sums, Finish.STORE)
-            assert attention.q_norm is not None
-            program.normalize_heads(buffers.sums, weights.head_scales, attention.q_norm.eps, buffers.queries, index)
+            epsilon = 0.0 if attention.q_norm is None else attention.q_norm.eps
+            program.finish_heads(buffers.sums, buffers.queries, index, weights.head_scales, epsilon)
         if shard.last_stage and index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
             wanted = program.rows(width, torch.float32).of_outputs()
@@ -101,7 +108,7 @@ class _LayerBuffers:
     """What one layer hands from operation to operation; all layers use the same memory.
 
     Attributes:
-        sums: Of q, k and v, where heads are normalised.
+        sums: Of q, k and v, where heads are needed whole.
     """
 
     sums: Rows

@@ -94,14 +94,17 @@ class Program:
             k=matrix.k,
         )
 
-    def normalize_heads(self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int) -> None:
-        """What `Finish.ROTATE` does, of `sums` of a `Packer.rotary` matrix whose q and k are normalised head by head.
+    def finish_heads(
+        self, sums: Rows, queries: Rows, layer: int, scales: torch.Tensor | None = None, epsilon: float = 0.0
+    ) -> None:
+        """What `Finish.ROTATE` does, of `sums` of a `Packer.rotary` matrix: where heads are needed whole.
 
         Args:
             sums: Float32.
-            scales: Of `Packer.head_scales`.
+            scales: Of `Packer.head_scales`, where q and k are normalised head by head.
+            epsilon: Of that norm.
         """
-        self._add(Kind.NORMALIZE_HEADS, sums, queries, weight=scales, epsilon=epsilon, layer=layer, n=sums.width)
+        self._add(Kind.FINISH_HEADS, sums, queries, weight=scales, epsilon=epsilon, layer=layer, n=sums.width)
 
     def attend(self, layer: int, queries: Rows, output: Rows, window: int | None) -> None:
         """Queries of all tokens; outputs of all, or of the wanted ones. With a window, of its last so many keys."""

@@ -14,8 +14,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
+#include "kv_int8.h"
 #include "matrix.h"
 
 namespace pdmesh {
@@ -32,6 +34,10 @@ constexpr int kAttentionRows = kMaxRows / 2;
 template <class Element>
 struct PagedCache {
   using Value = typename Element::Value;
+  // What queries and softmax weights are multiplied as.
+  using Row = Element;
+  static constexpr bool kScaled = false;
+
   Value* data;
   int64_t num_kv_heads, block_size, head_dim;
   int64_t block_stride, head_stride, layer_stride;
@@ -42,6 +48,8 @@ struct PagedCache {
   Value* values(int64_t block, int64_t layer, int64_t head) const {
     return keys(block, layer, head) + block_size * head_dim;
   }
+  // 64 bytes of them, as a multiply-add takes them.
+  static f32x16 columns(const Value* from) { return load<f32x16>(from); }
 };
 
 // Query tokens of one sequence, its last ones: they are rows from first_row on of the queries, and their results rows
@@ -71,54 +79,60 @@ inline std::vector<QueryTile> query_tiles(const std::vector<Sequence>& sequences
 }
 
 // scores[i][g] = row i * the 16 keys at keys[g]; neighbouring dimensions lie step_values apart.
-template <class Element, int kRows>
-inline void multiply_keys(const typename Element::Value* rows, int64_t head_dim,
-                          const typename Element::Value* const (&keys)[kGroups], int64_t step_values,
+template <class Cache, int kRows>
+inline void multiply_keys(const typename Cache::Row::Value* rows, int64_t head_dim,
+                          const typename Cache::Value* const (&keys)[kGroups], int64_t step_values,
                           f32x16 (&scores)[kRows][kGroups]) {
+  using Row = typename Cache::Row;
   for (int i = 0; i < kRows; ++i)
     for (int g = 0; g < kGroups; ++g) scores[i][g] = f32x16{};
-  for (int64_t step = 0; step < head_dim / Element::kPack; ++step) {
+  for (int64_t step = 0; step < head_dim / Row::kPack; ++step) {
     f32x16 columns[kGroups];
-    for (int g = 0; g < kGroups; ++g) columns[g] = load<f32x16>(keys[g] + step * step_values);
+    for (int g = 0; g < kGroups; ++g) columns[g] = Cache::columns(keys[g] + step * step_values);
     for (int i = 0; i < kRows; ++i) {
       const uint32_t unit = row_unit(rows + i * head_dim, step);
-      for (int g = 0; g < kGroups; ++g) scores[i][g] = Element::multiply_add(scores[i][g], unit, columns[g]);
+      for (int g = 0; g < kGroups; ++g) scores[i][g] = Row::multiply_add(scores[i][g], unit, columns[g]);
     }
   }
 }
 
 // output[i] = output[i] * decay[i] + weights[i] * values, over num_keys keys and 16 * kColumns dimensions.
-template <class Element, int kRows, int kColumns>
-inline void multiply_values(const typename Element::Value* weights, const typename Element::Value* const (&values)[kGroups],
-                            int64_t num_keys, int64_t head_dim, const float* decay, float* output) {
-  constexpr int kPack = Element::kPack;
+template <class Cache, int kRows, int kColumns>
+inline void multiply_values(const typename Cache::Row::Value* weights,
+                            const typename Cache::Value* const (&values)[kGroups], int64_t num_keys, int64_t head_dim,
+                            const float* decay, float* output) {
+  using Row = typename Cache::Row;
+  constexpr int kPack = Row::kPack;
   f32x16 sums[kRows][kColumns];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kColumns; ++j) sums[i][j] = load<f32x16>(output + i * head_dim + 16 * j) * decay[i];
   for (int64_t key = 0; key < num_keys; key += kPack) {
-    const typename Element::Value* from = values[key / 16] + key % 16 * head_dim;
+    const typename Cache::Value* from = values[key / 16] + key % 16 * head_dim;
     f32x16 columns[kColumns];
-    for (int j = 0; j < kColumns; ++j) columns[j] = load<f32x16>(from + j * 16 * kPack);
+    for (int j = 0; j < kColumns; ++j) columns[j] = Cache::columns(from + j * 16 * kPack);
     // Of the pair's second key nothing is written yet: its weight is 0, but 0 times garbage may be NaN.
     if (kPack == 2 && key + 1 == num_keys)
       for (int j = 0; j < kColumns; ++j) columns[j] = as_float(as_bits(columns[j]) & 0xffffu);
     for (int i = 0; i < kRows; ++i) {
       const uint32_t unit = row_unit(weights + i * kKeys, key / kPack);
-      for (int j = 0; j < kColumns; ++j) sums[i][j] = Element::multiply_add(sums[i][j], unit, columns[j]);
+      for (int j = 0; j < kColumns; ++j) sums[i][j] = Row::multiply_add(sums[i][j], unit, columns[j]);
     }
   }
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kColumns; ++j) store(output + i * head_dim + 16 * j, sums[i][j]);
 }
 
-template <class Element>
+// Of queries and outputs of one type, over K and V of a PagedCache of the same, or of an Int8Cache.
+template <class Element, class Cache = PagedCache<Element>>
 class AttentionTile {
   using Value = typename Element::Value;
+  using Stored = typename Cache::Value;
+  using Row = typename Cache::Row;
 
  public:
   // Attends a tile's rows of one KV head. `queries` and `outputs` are [T, num_heads * head_dim], rows query_bytes and
   // output_bytes apart; `scale` multiplies the scores. A row sees the last `window` keys up to its own; 0: all of them.
-  void attend(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window,
+  void attend(const Cache& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window,
               float scale, const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
               int64_t output_bytes) {
     const Sequence& sequence = *tile.sequence;
@@ -130,7 +144,7 @@ class AttentionTile {
              (kv_head * group + index % group) * head_dim * int64_t(sizeof(Value));
     };
     for (int row = 0; row < rows; ++row) {
-      std::memcpy(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim * sizeof(Value));
+      copy_query(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim);
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
       first_visible_[row] = window ? std::max<int64_t>(0, visible_[row] - window) : 0;
@@ -152,16 +166,29 @@ class AttentionTile {
   }
 
  private:
-  void add_keys(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, const int64_t* block_table,
+  static void copy_query(typename Row::Value* to, const char* from, int64_t head_dim) {
+    if constexpr (std::is_same_v<Row, Element>) {
+      std::memcpy(to, from, head_dim * sizeof(Value));
+    } else {
+      for (int64_t i = 0; i < head_dim; i += 16)
+        Row::narrow(to + i, Element::widen(reinterpret_cast<const Value*>(from) + i));
+    }
+  }
+
+  void add_keys(const Cache& cache, int64_t layer, int64_t kv_head, const int64_t* block_table,
                 int64_t start, int64_t num_keys, int rows, float scale) {
     const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
-    const Value *keys[kGroups], *values[kGroups];
+    const Stored *keys[kGroups], *values[kGroups];
     for (int g = 0; g < kGroups; ++g) {
       // Keys past the end are masked: any that can be read will do.
       const int64_t token = 16 * g < num_keys ? start + 16 * g : start;
       const int64_t block = block_table[token / block_size], offset = token % block_size;
-      keys[g] = cache.keys(block, layer, kv_head) + offset * Element::kPack;
+      keys[g] = cache.keys(block, layer, kv_head) + offset * Row::kPack;
       values[g] = cache.values(block, layer, kv_head) + offset * head_dim;
+      if constexpr (Cache::kScaled) {
+        key_scales_[g] = load<f32x16>(cache.key_scales(block, layer, kv_head) + offset);
+        value_scales_[g] = load<f32x16>(cache.value_scales(block, layer, kv_head) + offset);
+      }
     }
     for (int row = 0; row < rows; row += kAttentionRows)
       weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
@@ -171,13 +198,16 @@ class AttentionTile {
 
   // Softmax weights of 64 keys for `count` rows from `row` on, relative to 2^peak of what was seen so far.
   template <int kRows>
-  void weigh_rows(int count, int row, const Value* const (&keys)[kGroups], int64_t block_size, int64_t start,
+  void weigh_rows(int count, int row, const Stored* const (&keys)[kGroups], int64_t block_size, int64_t start,
                   int64_t head_dim, float scale) {
     if constexpr (kRows > 1) {
       if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, scale);
     }
     f32x16 scores[kRows][kGroups];
-    multiply_keys<Element, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Element::kPack, scores);
+    multiply_keys<Cache, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Row::kPack, scores);
+    if constexpr (Cache::kScaled)
+      for (int i = 0; i < kRows; ++i)
+        for (int g = 0; g < kGroups; ++g) scores[i][g] *= key_scales_[g];
     f32x16 peaks = load<f32x16>(peak_ + row);
     const f32x16 before = peaks;
     for (int i = 0; i < kRows; ++i) {
@@ -194,8 +224,11 @@ class AttentionTile {
       f32x16 sum = total_[row + i] * decays[i];
       for (int g = 0; g < kGroups; ++g) {
         const f32x16 weight = power_of_two(fused_multiply_add(scores[i][g], splat(scale), splat(-base[i])));
-        Element::narrow(weights_ + (row + i) * kKeys + 16 * g, weight);
         sum = sum + weight;
+        if constexpr (Cache::kScaled)
+          Row::narrow(weights_ + (row + i) * kKeys + 16 * g, weight * value_scales_[g]);
+        else
+          Row::narrow(weights_ + (row + i) * kKeys + 16 * g, weight);
       }
       total_[row + i] = sum;
       peak_[row + i] = peaks[i];
@@ -214,103 +247,36 @@ class AttentionTile {
   }
 
   template <int kRows>
-  void add_rows(int count, int row, const Value* const (&values)[kGroups], int64_t num_keys, int64_t head_dim) {
+  void add_rows(int count, int row, const Stored* const (&values)[kGroups], int64_t num_keys, int64_t head_dim) {
     if constexpr (kRows > 1) {
       if (count < kRows) return add_rows<kRows - 1>(count, row, values, num_keys, head_dim);
     }
-    const Value* weights = weights_ + row * kKeys;
+    const typename Row::Value* weights = weights_ + row * kKeys;
     float* output = outputs_ + row * head_dim;
-    const Value* columns[kGroups];
+    const Stored* columns[kGroups];
     for (int64_t first = 0; first < head_dim;) {
-      for (int g = 0; g < kGroups; ++g) columns[g] = values[g] + first * Element::kPack;
+      for (int g = 0; g < kGroups; ++g) columns[g] = values[g] + first * Row::kPack;
       if (head_dim - first >= 64) {
-        multiply_values<Element, kRows, 4>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
+        multiply_values<Cache, kRows, 4>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
         first += 64;
       } else {
-        multiply_values<Element, kRows, 1>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
+        multiply_values<Cache, kRows, 1>(weights, columns, num_keys, head_dim, decay_ + row, output + first);
         first += 16;
       }
     }
   }
 
-  alignas(64) Value queries_[kTileRows * kMaxHeadDim];
-  alignas(64) Value weights_[kTileRows * kKeys];
+  alignas(64) typename Row::Value queries_[kTileRows * kMaxHeadDim];
+  alignas(64) typename Row::Value weights_[kTileRows * kKeys];
   alignas(64) float outputs_[kTileRows * kMaxHeadDim];
   alignas(64) f32x16 total_[kTileRows];
+  // Of the 64 keys at hand, and of their values.
+  f32x16 key_scales_[kGroups], value_scales_[kGroups];
   // Read by sixteen.
   float peak_[kTileRows + 16] = {};
   float decay_[kTileRows];
   // Keys from the first to before the last of these.
   int64_t first_visible_[kTileRows], visible_[kTileRows];
-};
-
-// Where the sums of the product that makes q, k and v go. A panel of q or k holds 16 dimensions of one head's first half
-// beside the 16 that they turn with, half a head further (GPT-NeoX's order, that of Hugging Face's Llama); the last
-// panel of a head may be filled up with zeros. Where but the first dimensions of a head turn, panels of those come first;
-// what is left is halved likewise. Behind them, panels of v hold its dimensions as they come.
-template <class Element>
-struct Projection {
-  using Value = typename Element::Value;
-  static constexpr int kPack = Element::kPack;
-
-  PagedCache<Element> cache;
-  int64_t layer, num_heads;
-  int64_t num_turned;  // pairs of a head's dimensions: half of it, or a multiple of 16
-  const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
-  const float* sines;
-
-  // One row's two vectors of a panel. `queries` [num_heads * head_dim] is the row's.
-  void store_sums(int64_t panel, int64_t position, int64_t slot, f32x16 left, f32x16 right, Value* queries) const {
-    const int64_t half = cache.head_dim / 2, panels_of_head = (half + 15) / 16;
-    const int64_t head = panel / panels_of_head, first = panel % panels_of_head * 16;
-    if (head >= num_heads + cache.num_kv_heads) {
-      const int64_t column = (panel - (num_heads + cache.num_kv_heads) * panels_of_head) * kPanel;
-      store_value(column, slot, left);
-      store_value(column + 16, slot, right);
-      return;
-    }
-    const f32x16 cosine = load<f32x16>(cosines + position * half + first);
-    const f32x16 sine = load<f32x16>(sines + position * half + first);
-    const f32x16 turned_left = left * cosine - right * sine, turned_right = right * cosine + left * sine;
-    const int64_t count = std::min<int64_t>(16, half - first);
-    const int64_t at_left = first < num_turned ? first : num_turned + first;
-    const int64_t at_right = first < num_turned ? num_turned + first : half + first;
-    if (head < num_heads) {
-      store_query(queries + head * cache.head_dim + at_left, turned_left, count);
-      store_query(queries + head * cache.head_dim + at_right, turned_right, count);
-    } else {
-      store_key(head - num_heads, at_left, slot, turned_left, count);
-      store_key(head - num_heads, at_right, slot, turned_right, count);
-    }
-  }
-
- private:
-  void store_query(Value* to, f32x16 values, int64_t count) const {
-    if (count == 16) return Element::narrow(to, values);
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    std::copy_n(narrowed, count, to);
-  }
-
-  // `count` dimensions from `first` on of a key.
-  void store_key(int64_t head, int64_t first, int64_t slot, f32x16 values, int64_t count) const {
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    Value* to = cache.keys(slot / cache.block_size, layer, head) +
-                (first / kPack * cache.block_size + slot % cache.block_size) * kPack;
-    for (int64_t i = 0; i < count; i += kPack, to += cache.block_size * kPack) std::copy_n(narrowed + i, kPack, to);
-  }
-
-  // 16 dimensions of a value; `column` counts those of all heads.
-  void store_value(int64_t column, int64_t slot, f32x16 values) const {
-    const int64_t head = column / cache.head_dim, offset = slot % cache.block_size;
-    if (head >= cache.num_kv_heads) return;
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    Value* to = cache.values(slot / cache.block_size, layer, head) +
-                (offset / kPack * cache.head_dim + column % cache.head_dim) * kPack + offset % kPack;
-    for (int64_t i = 0; i < 16; ++i) to[i * kPack] = narrowed[i];
-  }
 };
 
 }  // namespace pdmesh

@@ -8,10 +8,11 @@
 #include "attention.h"
 #include "group.h"
 #include "matrix.h"
+#include "projection.h"
 
 namespace pdmesh {
 
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce, kNormalizeHeads };
+enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce, kFinishHeads };
 
 // What becomes of a product's sums; kRotate makes queries, and stores keys and values.
 enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
@@ -39,9 +40,10 @@ struct Operation {
 
 struct Decoder {
   void* cache;  // of block 0, the first KV head and the first layer
+  int32_t int8_cache;  // whether K and V lie in 8 bits; else in the weights' type
   int64_t num_heads, num_kv_heads, head_dim, block_size;
   int64_t num_turned;  // pairs of a head's dimensions that turn
-  int64_t block_stride, head_stride, layer_stride;  // of the cache, in values
+  int64_t block_stride, head_stride, layer_stride;  // of the cache, in its values
   const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
   const float* sines;
   float score_scale;
@@ -69,6 +71,8 @@ class StepRun {
         step_(step),
         cache_{static_cast<Value*>(decoder.cache), decoder.num_kv_heads, decoder.block_size, decoder.head_dim,
                decoder.block_stride, decoder.head_stride, decoder.layer_stride},
+        int8_cache_{static_cast<int8_t*>(decoder.cache), decoder.num_kv_heads, decoder.block_size, decoder.head_dim,
+                    decoder.block_stride, decoder.head_stride, decoder.layer_stride},
         group_(decoder.num_heads / std::max<int64_t>(1, decoder.num_kv_heads)) {
     int64_t end_row = 0;
     for (int64_t i = 0; i < step.num_sequences; ++i) {
@@ -107,8 +111,8 @@ class StepRun {
         return select(team, operation);
       case Kind::kReduce:
         return reduce(team, operation, index);
-      case Kind::kNormalizeHeads:
-        return normalize_heads(team, operation);
+      case Kind::kFinishHeads:
+        return finish_heads(team, operation);
     }
   }
 
@@ -177,57 +181,80 @@ class StepRun {
                           silu * biased(panel, 1, sums[1]));
         });
       case Finish::kRotate: {
-        const Projection<Element> projection = this->projection(op);
+        const auto projection = this->projection<CacheSink<Element>>();
         return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
-          projection.store_sums(panel, step_.positions[row], step_.slots[row], biased(panel, 0, sums[0]),
-                                biased(panel, 1, sums[1]),
-                                reinterpret_cast<Value*>(op.output + row * op.output_bytes));
+          projection.store_sums(panel, step_.positions[row], biased(panel, 0, sums[0]), biased(panel, 1, sums[1]),
+                                reinterpret_cast<Value*>(op.output + row * op.output_bytes),
+                                {cache_, op.layer, step_.slots[row]});
         });
       }
     }
   }
 
-  Projection<Element> projection(const Operation& op) const {
-    return {cache_, op.layer, decoder_.num_heads, decoder_.num_turned, decoder_.cosines, decoder_.sines};
+  template <class Sink>
+  Projection<Element, Sink> projection() const {
+    return {decoder_.num_heads, decoder_.num_kv_heads, decoder_.head_dim, decoder_.num_turned, decoder_.cosines,
+            decoder_.sines};
   }
 
-  // Of the n sums that make q, k and v: each head of q and k to unit root mean square, scaled, and then what kRotate
-  // does. The scales of q's heads and behind them those of k's lie as a head's panels do.
-  void normalize_heads(Team& team, const Operation& op) const {
-    const Projection<Element> projection = this->projection(op);
-    const int64_t num_turned_heads = decoder_.num_heads + decoder_.num_kv_heads;
-    const int64_t panels_of_head = (decoder_.head_dim / 2 + 15) / 16, num_panels = (op.n + kPanel - 1) / kPanel;
+  // Of the n sums that make q, k and v: what kRotate does, of whole heads.
+  void finish_heads(Team& team, const Operation& op) const {
+    if (!decoder_.int8_cache)
+      return team.for_each(step_.num_tokens, [&](int64_t row) {
+        finish_row(op, row, CacheSink<Element>{cache_, op.layer, step_.slots[row]});
+      });
+    const int64_t head_dim = decoder_.head_dim, width = decoder_.num_kv_heads * head_dim + kPanel;
+    std::vector<float> heads(2 * width);
+    const HeadsSink sink{heads.data(), heads.data() + width, head_dim};
     team.for_each(step_.num_tokens, [&](int64_t row) {
-      const float* sums = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
-      Value* queries = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
-      auto store_panel = [&](int64_t panel, f32x16 left, f32x16 right) {
-        projection.store_sums(panel, step_.positions[row], step_.slots[row], left, right, queries);
-      };
-      for (int64_t head = 0; head < num_turned_heads; ++head) {
-        const int64_t first = head * panels_of_head, size = panels_of_head * kPanel;
-        const float* of_head = sums + first * kPanel;
-        const float* scale = static_cast<const float*>(op.weight) + (head < decoder_.num_heads ? 0 : size);
-        f32x16 squares = {};
-        for (int64_t i = 0; i < size; i += 16) {
-          const f32x16 values = load<f32x16>(of_head + i);
-          squares = fused_multiply_add(values, values, squares);
-        }
-        const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(decoder_.head_dim) + op.epsilon);
-        for (int64_t i = 0; i < size; i += kPanel)
-          store_panel(first + i / kPanel, load<f32x16>(of_head + i) * factor * load<f32x16>(scale + i),
-                      load<f32x16>(of_head + i + 16) * factor * load<f32x16>(scale + i + 16));
-      }
-      for (int64_t panel = num_turned_heads * panels_of_head; panel < num_panels; ++panel)
-        store_panel(panel, load<f32x16>(sums + panel * kPanel), load<f32x16>(sums + panel * kPanel + 16));
+      finish_row(op, row, sink);
+      for (int64_t head = 0; head < decoder_.num_kv_heads; ++head)
+        int8_cache_.store_head(step_.slots[row], op.layer, head, sink.keys + head * head_dim,
+                               sink.values + head * head_dim);
     });
   }
 
+  // With scales, each head of q and k to unit root mean square before it turns: those of q's heads and behind them those
+  // of k's lie as a head's panels do.
+  template <class Sink>
+  void finish_row(const Operation& op, int64_t row, Sink sink) const {
+    const auto projection = this->projection<Sink>();
+    const int64_t num_turned_heads = decoder_.num_heads + decoder_.num_kv_heads;
+    const int64_t panels_of_head = (decoder_.head_dim / 2 + 15) / 16, num_panels = (op.n + kPanel - 1) / kPanel;
+    const float* sums = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
+    Value* queries = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
+    auto store_panel = [&](int64_t panel, f32x16 left, f32x16 right) {
+      projection.store_sums(panel, step_.positions[row], left, right, queries, sink);
+    };
+    for (int64_t head = 0; op.weight && head < num_turned_heads; ++head) {
+      const int64_t first = head * panels_of_head, size = panels_of_head * kPanel;
+      const float* of_head = sums + first * kPanel;
+      const float* scale = static_cast<const float*>(op.weight) + (head < decoder_.num_heads ? 0 : size);
+      f32x16 squares = {};
+      for (int64_t i = 0; i < size; i += 16) {
+        const f32x16 values = load<f32x16>(of_head + i);
+        squares = fused_multiply_add(values, values, squares);
+      }
+      const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(decoder_.head_dim) + op.epsilon);
+      for (int64_t i = 0; i < size; i += kPanel)
+        store_panel(first + i / kPanel, load<f32x16>(of_head + i) * factor * load<f32x16>(scale + i),
+                    load<f32x16>(of_head + i + 16) * factor * load<f32x16>(scale + i + 16));
+    }
+    for (int64_t panel = op.weight ? num_turned_heads * panels_of_head : 0; panel < num_panels; ++panel)
+      store_panel(panel, load<f32x16>(sums + panel * kPanel), load<f32x16>(sums + panel * kPanel + 16));
+  }
+
   void attend(Team& team, const Operation& op) const {
-    AttentionTile<Element> scratch;
+    decoder_.int8_cache ? attend_over(team, op, int8_cache_) : attend_over(team, op, cache_);
+  }
+
+  template <class Cache>
+  void attend_over(Team& team, const Operation& op, const Cache& cache) const {
+    AttentionTile<Element, Cache> scratch;
     const std::vector<QueryTile>& tiles = op.rows == Rows::kTokens ? tiles_ : wanted_tiles_;
     const int64_t num_tiles = int64_t(tiles.size());
     team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
-      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, op.window, decoder_.score_scale,
+      scratch.attend(cache, op.layer, item % decoder_.num_kv_heads, group_, op.window, decoder_.score_scale,
                      tiles[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
     });
   }
@@ -264,7 +291,9 @@ class StepRun {
 
   const Decoder& decoder_;
   const Step& step_;
+  // One of them is there.
   const PagedCache<Element> cache_;
+  const Int8Cache int8_cache_;
   const int64_t group_;
   // With all of the step's tokens, and with those that are wanted.
   std::vector<Sequence> sequences_, wanted_;
