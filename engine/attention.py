@@ -41,6 +41,24 @@ class _Group:
     query_positions: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer scores keys: what becomes of the products of queries and keys before their softmax.
+
+    Attributes:
+        scale: They are multiplied by this.
+        window: How many keys a token sees, its own among them; None: all up to its own.
+        soft_cap: Then each becomes soft_cap * tanh(score / soft_cap); None: stays as it is.
+        slopes: Of each query head: then to each is added the slope times how far the key lies behind the token, as a
+            number of at most 0 (ALiBi). Empty: nothing is added.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    slopes: tuple[float, ...] = ()
+
+
 class Attention(Protocol):
     """The attention of one step: made for one batch, asked by each layer in turn.
 

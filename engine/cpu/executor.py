@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
+from engine.cpu.angles import Angles
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import pack_model
@@ -17,9 +18,8 @@ from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
 from engine.models.gated_config import GatedLayers
 from engine.models.gated_decoder import GatedDecoderForCausalLM
-from engine.rope import rotation_table
 
-# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
 _MAX_HEAD_DIM = 256
 
@@ -31,9 +31,6 @@ _MIN_SHARED_WORK = 5_000_000
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, *, int8: bool = False) -> KVLayout | None:
     """The KV layout that the kernels read, of KV in int8 or in `dtype`; None where they cannot serve the model."""
     if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
-        return None
-    rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
-    if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
@@ -88,17 +85,15 @@ class CpuExecutor:
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
         packed = pack_model(loaded.model, Packer(kernels))
+        angles = Angles.of(GatedLayers.of(config).rope, config.head_dim, max_position)
         int8_kv = kv_cache.scales is not None
-        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows, int8_kv=int8_kv)
+        self._model = lower_decoder(loaded.model, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
         )
         # Its memory is used by address.
         self._kv_cache = kv_cache
-        # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        rope = GatedLayers.of(config).rope
-        self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
@@ -107,13 +102,9 @@ class CpuExecutor:
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
-            num_turned=rope.rotary_dim(config.head_dim) // 2,
             block_stride=block_stride,
             head_stride=head_stride,
             layer_stride=layer_stride,
-            cosines=self._cosines.data_ptr(),
-            sines=self._sines.data_ptr(),
-            score_scale=config.head_dim**-0.5,
             group=ctypes.pointer(within.group) if within else None,
         )
         # Memory is taken from the system as it is first written: rows that no step needs cost nothing.

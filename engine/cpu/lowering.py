@@ -5,12 +5,14 @@ from typing import Protocol
 
 import torch
 
-from engine.cpu.library import Finish
+from engine.attention import Scores
+from engine.cpu.angles import Angles
+from engine.cpu.library import Activation, Finish
 from engine.cpu.packed_model import PackedLayer, PackedModel
 from engine.cpu.packing import PackedMatrix
-from engine.cpu.program import Program, Rows
+from engine.cpu.program import Program, RowNorm, Rows
 from engine.models.gated_decoder import GatedDecoderForCausalLM
-from engine.models.layers import DecoderLayer
+from engine.models.layers import DecoderLayer, RMSNorm
 from engine.parallel.shard import Shard
 
 
@@ -41,6 +43,7 @@ def lower_decoder(
     model: GatedDecoderForCausalLM,
     packed: PackedModel,
     shard: Shard,
+    angles: Angles,
     program: Program,
     partial_rows: PartialRows,
     *,
@@ -76,31 +79,34 @@ def lower_decoder(
         assert isinstance(layer, DecoderLayer)
         num_weights += weights.num_weights
         buffers = buffers or _LayerBuffers.for_weights(weights, program)
-        program.rms_norm(residual, layer.input_layernorm.weight, layer.input_layernorm.eps, normed)
+        program.normalize(residual, _norm(layer.input_layernorm), normed)
         attention = layer.self_attn
         if attention.q_norm is None and not int8_kv:
-            program.project(normed, weights.qkv, buffers.queries, Finish.ROTATE, layer=index)
+            program.project_heads(normed, weights.qkv, buffers.queries, index, angles)
         else:
             # A head lies over several panels, which several threads may compute: it is normalised, and its K and V
             # quantised, when all are there.
             program.project(normed, weights.qkv, buffers.sums, Finish.STORE)
             epsilon = 0.0 if attention.q_norm is None else attention.q_norm.eps
-            program.finish_heads(buffers.sums, buffers.queries, index, weights.head_scales, epsilon)
+            program.finish_heads(buffers.sums, buffers.queries, index, angles, weights.head_scales, epsilon)
         if shard.last_stage and index == len(decoder.layers) - 1:
             # Nobody reads the last layer's results for other tokens than those whose hidden states are wanted.
             wanted = program.rows(width, torch.float32).of_outputs()
             program.select(residual, wanted)
             residual, normed, buffers = wanted, normed.of_outputs(), buffers.of_outputs()
-        program.attend(index, buffers.queries, buffers.attended, attention.window)
+        program.attend(index, buffers.queries, buffers.attended, Scores(attention.head_dim**-0.5, attention.window))
         add(buffers.attended, weights.output, 0)
-        norm = layer.post_attention_layernorm
-        program.rms_norm(residual, norm.weight, norm.eps, normed)
-        program.project(normed, weights.gate_up, buffers.activated, Finish.SILU_MULTIPLY)
+        program.normalize(residual, _norm(layer.post_attention_layernorm), normed)
+        program.project(normed, weights.gate_up, buffers.activated, Finish.ACTIVATE_MULTIPLY, Activation.SILU)
         add(buffers.activated, weights.down, 1)
     if decoder.norm is None:
         return LoweredModel(whole_residual, whole_residual, None, num_weights)
-    program.rms_norm(residual, decoder.norm.weight, decoder.norm.eps, normed)
+    program.normalize(residual, _norm(decoder.norm), normed)
     return LoweredModel(whole_residual, normed, packed.lm_head, num_weights)
+
+
+def _norm(norm: RMSNorm) -> RowNorm:
+    return RowNorm(norm.weight, norm.eps)
 
 
 @dataclass(frozen=True, slots=True)

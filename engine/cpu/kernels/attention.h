@@ -19,6 +19,7 @@
 
 #include "kv_int8.h"
 #include "matrix.h"
+#include "scores.h"
 
 namespace pdmesh {
 
@@ -131,9 +132,9 @@ class AttentionTile {
 
  public:
   // Attends a tile's rows of one KV head. `queries` and `outputs` are [T, num_heads * head_dim], rows query_bytes and
-  // output_bytes apart; `scale` multiplies the scores. A row sees the last `window` keys up to its own; 0: all of them.
-  void attend(const Cache& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window,
-              float scale, const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
+  // output_bytes apart. A row sees the last `window` keys up to its own; 0: all of them.
+  void attend(const Cache& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window, const Scores& rule,
+              const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
               int64_t output_bytes) {
     const Sequence& sequence = *tile.sequence;
     const int64_t head_dim = cache.head_dim, context = sequence.seq_len - sequence.query_len;
@@ -147,16 +148,15 @@ class AttentionTile {
       copy_query(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim);
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
+      head_[row] = kv_head * group + (tile.first + row) % group;
       first_visible_[row] = window ? std::max<int64_t>(0, visible_[row] - window) : 0;
       peak_[row] = -INFINITY;
       total_[row] = f32x16{};
     }
     std::fill_n(outputs_, rows * head_dim, 0.0f);
     const int64_t end = visible_[rows - 1];
-    // Softmax in powers of two.
-    scale *= 1.44269504f;
     for (int64_t start = first_visible_[0] / kKeys * kKeys; start < end; start += kKeys)
-      add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
+      add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, rule);
     for (int row = 0; row < rows; ++row) {
       const float share = 1.0f / horizontal_sum(total_[row]);
       Value* output = reinterpret_cast<Value*>(outputs + place(row, sequence.first_output, output_bytes));
@@ -175,8 +175,8 @@ class AttentionTile {
     }
   }
 
-  void add_keys(const Cache& cache, int64_t layer, int64_t kv_head, const int64_t* block_table,
-                int64_t start, int64_t num_keys, int rows, float scale) {
+  void add_keys(const Cache& cache, int64_t layer, int64_t kv_head, const int64_t* block_table, int64_t start,
+                int64_t num_keys, int rows, const Scores& rule) {
     const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
     const Stored *keys[kGroups], *values[kGroups];
     for (int g = 0; g < kGroups; ++g) {
@@ -191,7 +191,7 @@ class AttentionTile {
       }
     }
     for (int row = 0; row < rows; row += kAttentionRows)
-      weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
+      weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, rule);
     for (int row = 0; row < rows; row += kAttentionRows)
       add_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, values, num_keys, head_dim);
   }
@@ -199,15 +199,21 @@ class AttentionTile {
   // Softmax weights of 64 keys for `count` rows from `row` on, relative to 2^peak of what was seen so far.
   template <int kRows>
   void weigh_rows(int count, int row, const Stored* const (&keys)[kGroups], int64_t block_size, int64_t start,
-                  int64_t head_dim, float scale) {
+                  int64_t head_dim, const Scores& rule) {
     if constexpr (kRows > 1) {
-      if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, scale);
+      if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, rule);
     }
     f32x16 scores[kRows][kGroups];
     multiply_keys<Cache, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Row::kPack, scores);
     if constexpr (Cache::kScaled)
       for (int i = 0; i < kRows; ++i)
         for (int g = 0; g < kGroups; ++g) scores[i][g] *= key_scales_[g];
+    if (!rule.scale_only())
+      for (int i = 0; i < kRows; ++i)
+        for (int g = 0; g < kGroups; ++g)
+          scores[i][g] = rule.of(scores[i][g], head_[row + i], start + 16 * g - (visible_[row + i] - 1));
+    // Softmax in powers of two.
+    const float scale = 1.44269504f * (rule.scale_only() ? rule.scale : 1.0f);
     f32x16 peaks = load<f32x16>(peak_ + row);
     const f32x16 before = peaks;
     for (int i = 0; i < kRows; ++i) {
@@ -275,6 +281,7 @@ class AttentionTile {
   // Read by sixteen.
   float peak_[kTileRows + 16] = {};
   float decay_[kTileRows];
+  int64_t head_[kTileRows];
   // Keys from the first to before the last of these.
   int64_t first_visible_[kTileRows], visible_[kTileRows];
 };
