@@ -34,8 +34,8 @@ def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, *, int8
         return None
     if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    # int8 is widened to float32, of which a multiply-add takes one.
-    return KVLayout(1 if int8 else PACK[dtype])
+    # Of int8, a multiply-add takes two.
+    return KVLayout(2 if int8 else PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)

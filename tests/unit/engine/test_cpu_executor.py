@@ -51,7 +51,7 @@ def texts_on_kernels(
         load(directory, dtype),
         texts,
         block_size=block_size,
-        layout=KVLayout(1 if int8 else PACK[dtype]),
+        layout=KVLayout(2 if int8 else PACK[dtype]),
         int8=int8,
         region=region,
         make_executor=make_executor,
