@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
-from engine.cpu.angles import Angles
+from engine.cpu.angles import angles_of
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import pack_model
 from engine.cpu.packing import PACK, Packer, padded
-from engine.cpu.program import Program, Rows
+from engine.cpu.program import MAX_EXPERTS, Program, Rows
+from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
-from engine.models.gated_config import GatedLayers
-from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.decoder import DecoderForCausalLM
 
 # kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
@@ -28,14 +28,20 @@ _MAX_HEAD_DIM = 256
 _MIN_SHARED_WORK = 5_000_000
 
 
-def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, *, int8: bool = False) -> KVLayout | None:
-    """The KV layout that the kernels read, of KV in int8 or in `dtype`; None where they cannot serve the model."""
-    if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
+def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> KVLayout | None:
+    """The KV layout that the kernels read; None where they cannot serve the model.
+
+    Args:
+        dtype: What the model computes in.
+        kv_dtype: What K and V are stored in: int8 or `dtype`.
+    """
+    experts = DecoderLayers.of(config).experts
+    if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):
         return None
-    if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
+    if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    # Of int8, a multiply-add takes two.
-    return KVLayout(2 if int8 else PACK[dtype])
+    # int8 becomes integers of 16 bits, of which a multiply-add takes two.
+    return KVLayout(2 if kv_dtype == torch.int8 else PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +83,21 @@ class CpuExecutor:
         sums: SharedSums | SumsBetween | None = None,
     ) -> None:
         config, shard = loaded.config, loaded.shard
-        assert isinstance(loaded.model, GatedDecoderForCausalLM)
+        layers = DecoderLayers.of(config)
+        assert isinstance(loaded.model, DecoderForCausalLM)
         assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
+        self._logit_cap = layers.logit_soft_cap
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, Packer(kernels))
-        angles = Angles.of(GatedLayers.of(config).rope, config.head_dim, max_position)
+        packed = pack_model(loaded.model, config, Packer(kernels))
+        angles = angles_of(layers.positions, config.head_dim, max_position)
         int8_kv = kv_cache.scales is not None
-        self._model = lower_decoder(loaded.model, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv)
+        self._model = lower_decoder(
+            loaded.model.model, layers, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv
+        )
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
@@ -140,7 +150,17 @@ class CpuExecutor:
             n=lm_head.n,
             k=lm_head.k,
         )
-        self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
+        operations = (Operation * 1)(project)
+        if self._logit_cap is not None:
+            cap = Operation(
+                kind=Kind.CAP,
+                output=project.output,
+                output_bytes=project.output_bytes,
+                n=lm_head.n,
+                scale=self._logit_cap,
+            )
+            operations = (Operation * 2)(project, cap)
+        self._run(Step(num_tokens=num_rows), operations, lm_head.num_weights)
         return logits
 
     def _private_rows(self, place: int, width: int) -> Rows:

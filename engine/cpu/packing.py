@@ -30,9 +30,18 @@ class PackedMatrix:
     values: torch.Tensor
     bias: torch.Tensor
 
+    @property
+    def num_weights(self) -> int:
+        return self.n * self.k
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory."""
+        return self.values.nbytes + self.bias.nbytes
+
 
 class Packer:
-    """Packs matrices, side by side or interleaved, into one."""
+    """Packs matrices, side by side or interleaved, into one. Of matrices on "meta", it gives what has shapes alone."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -41,7 +50,7 @@ class Packer:
     def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
         n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        values = self._zeros(n, k)
+        values = self._zeros(n, k, weights[0].device)
         base = 0
         for weight in weights:
             self._kernels.pack(values, weight, base, len(weight), 0)
@@ -52,10 +61,22 @@ class Packer:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
         (size, k) = weights[0].shape
         n = 2 * padded(size, _HALF)
-        values, bias = self._zeros(n, k), torch.zeros(n)
+        values, bias = self._zeros(n, k, weights[0].device), torch.zeros(n)
         for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
             self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
         return PackedMatrix(n, k, values, bias)
+
+    def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
+        """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
+        two, `interleaved`. The bias is that of any expert: zeros."""
+        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
+        values = self._zeros(len(experts) * size, k, experts[0][0].device)
+        for expert, weights in enumerate(experts):
+            for place, weight in enumerate(weights):
+                group, stride = (n, 0) if num_parts == 1 else (_HALF, PANEL)
+                self._kernels.pack(values, weight, expert * size + place * _HALF, group, stride)
+        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
@@ -66,7 +87,7 @@ class Packer:
         head_columns = 2 * padded(half, _HALF)
         num_turned = (len(q) + len(k)) // head_dim * head_columns
         n = num_turned + len(v)
-        values, bias = self._zeros(n, q.shape[1]), torch.zeros(padded(n))
+        values, bias = self._zeros(n, q.shape[1], q.device), torch.zeros(padded(n))
         base = 0
         for weight, own_bias in _pairs(weights, biases)[:2]:
             filled = _filled(weight, own_bias)
@@ -98,9 +119,11 @@ class Packer:
         outputs = torch.arange(len(weight))
         bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
 
-    def _zeros(self, n: int, k: int) -> torch.Tensor:
+    def _zeros(self, n: int, k: int, device: torch.device) -> torch.Tensor:
         dtype = self._kernels.dtype
         num_values = padded(n) * padded(k, PACK[dtype])
+        if device.type == "meta":
+            return torch.empty(num_values, dtype=dtype, device=device)
         return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
 
 

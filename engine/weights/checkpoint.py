@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from engine.model_config import ModelConfig
+from engine.weights.tensor_names import TensorNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class StoredTensor:
     """A tensor as it lies in a file.
 
     Attributes:
-        name: As in a Hugging Face checkpoint, e.g. "model.layers.0.self_attn.q_proj.weight".
+        name: As in a Hugging Face checkpoint of the family, e.g. "model.layers.0.self_attn.q_proj.weight".
         shape: Of its values, not of its encoding.
         encoding: The file format's name of how values are stored, e.g. "BF16" or "Q4_1".
         num_bytes: Size in the file.
@@ -35,25 +36,41 @@ class Part:
     """Which rows and columns of a stored tensor: None for all. Of a vector, `rows` says which values.
 
     Only a matrix has columns. A range outside of the tensor, or with a step, is a defect of the caller's.
+
+    Attributes:
+        rows: Or several runs of them, one after the other.
+        transposed: Of the stored matrix's transpose: `rows` and `columns` are this one's.
     """
 
-    rows: range | None = None
+    rows: range | tuple[range, ...] | None = None
     columns: range | None = None
+    transposed: bool = False
+
+    def runs_of(self, shape: tuple[int, ...]) -> tuple[range, ...]:
+        """The runs of rows, of a tensor of this shape with one dimension or more."""
+        num_rows = self._seen(shape)[0]
+        runs = self.rows if isinstance(self.rows, tuple) else (self.rows,)
+        return tuple(_within(run, num_rows) for run in runs)
 
     def rows_of(self, shape: tuple[int, ...]) -> range:
-        """The rows, of a tensor of this shape with one dimension or more."""
-        return _within(self.rows, shape[0])
+        """The rows, where they are one run."""
+        (rows,) = self.runs_of(shape)
+        return rows
 
     def columns_of(self, shape: tuple[int, ...]) -> range:
         """The columns, of a matrix of this shape."""
         assert len(shape) == 2, f"only a matrix has columns, not a tensor of shape {shape}"
-        return _within(self.columns, shape[1])
+        return _within(self.columns, self._seen(shape)[1])
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What shape the part of a tensor of this shape has."""
-        if self.columns is not None:
-            return (len(self.rows_of(shape)), len(self.columns_of(shape)))
-        return shape if self.rows is None else (len(self.rows_of(shape)), *shape[1:])
+        if self.rows is None and self.columns is None:
+            return self._seen(shape)
+        num_rows = sum(map(len, self.runs_of(shape)))
+        return (num_rows, *(self._seen(shape)[1:] if self.columns is None else (len(self.columns_of(shape)),)))
+
+    def _seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if self.transposed else shape
 
 
 WHOLE = Part()
@@ -79,6 +96,7 @@ class Checkpoint(Protocol):
     Attributes:
         files: The files that hold values, in a fixed order.
         tensors: By name, in the order in which reading is fastest.
+        names: How these are named and laid out.
     """
 
     @property
@@ -87,6 +105,8 @@ class Checkpoint(Protocol):
     def files(self) -> tuple[Path, ...]: ...
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...
+    @property
+    def names(self) -> TensorNames: ...
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         """A tensor's values on the CPU, or a part of them: contiguous, in memory of its own.

@@ -20,6 +20,7 @@ from engine.models import FAMILIES, config_from_gguf
 from engine.models.family import GgufTensorFacts
 from engine.weights.checkpoint import WHOLE, Part, StoredTensor
 from engine.weights.pages import release_pages
+from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 from pdmesh.gguf_header import GgufTensor, read_gguf_header
 
@@ -81,6 +82,7 @@ class GgufFile:
         family = FAMILIES[self._config.architecture].gguf
         assert family is not None
         self._interleaved = family.interleaved
+        self._names = family.names
         layer_names = {**_LAYER_NAMES, **family.layer_names}
         self._by_hf_name = {_hf_name(name, layer_names): tensor for name, tensor in stored.items()}
         self._tensors = {
@@ -99,6 +101,10 @@ class GgufFile:
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
+
+    @property
+    def names(self) -> TensorNames:
+        return self._names
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         num_heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}.get(name.split(".")[-2])

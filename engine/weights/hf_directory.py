@@ -1,7 +1,7 @@
 """A Hugging Face model directory: config.json and safetensors, in one file or in shards that an index lists."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig
-from engine.models import config_from_hf
+from engine.models import FAMILIES, config_from_hf
 from engine.weights.checkpoint import WHOLE, Part, StoredTensor
 from engine.weights.pages import release_pages
+from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 
 _CONFIG = "config.json"
@@ -57,6 +58,10 @@ class HfDirectory:
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
 
+    @property
+    def names(self) -> TensorNames:
+        return FAMILIES[self._config.architecture].names
+
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         stored = self._tensors[name]
         # Copied even where the dtype is right: the model must not depend on what becomes of the file.
@@ -65,16 +70,16 @@ class HfDirectory:
             lazy = self._shards[stored.file].get_slice(name)
             if values.dim() == 0:
                 return values.copy_(lazy[...])
-            columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
-            rows, whole = part.rows_of(stored.shape), _bytes_of(lazy[...])
+            whole = _bytes_of(lazy[...])
             row_bytes = stored.num_bytes // max(stored.shape[0], 1)
             rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
-            for first in range(0, len(rows), rows_each):
-                piece = rows[first : first + rows_each]
-                # From views of the mapped file.
-                values[first : first + len(piece)] = lazy[(slice(piece.start, piece.stop), *columns)]
-                # The whole: systems map more of a file than is asked for, on both sides of a piece.
-                release_pages(whole)
+            for rows, columns, place in _blocks(part, stored.shape, values):
+                for first in range(0, len(rows), rows_each):
+                    piece = rows[first : first + rows_each]
+                    # From views of the mapped file.
+                    place[first : first + len(piece)] = lazy[(slice(piece.start, piece.stop), *columns)]
+                    # The whole: systems map more of a file than is asked for, on both sides of a piece.
+                    release_pages(whole)
         except SafetensorError as error:
             raise ConfigError(f"{stored.file}: tensor {name} cannot be read ({error}): get the file anew") from error
         return values
@@ -87,6 +92,21 @@ class HfDirectory:
                     f"{self._directory / _INDEX}: tensor {name} is listed in {shard}, which does not hold it: "
                     "get the index and its shards from the same place"
                 )
+
+
+def _blocks(
+    part: Part, shape: tuple[int, ...], values: torch.Tensor
+) -> Iterator[tuple[range, tuple[slice, ...], torch.Tensor]]:
+    """Of a part: runs of stored rows, the stored columns of each, and where in `values` they belong."""
+    first = 0
+    for run in part.runs_of(shape):
+        place = values[first : first + len(run)]
+        first += len(run)
+        if part.transposed:
+            yield part.columns_of(shape), (slice(run.start, run.stop),), place.t()
+        else:
+            columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
+            yield run, columns, place
 
 
 def _bytes_of(mapped: torch.Tensor) -> npt.NDArray[np.uint8]:

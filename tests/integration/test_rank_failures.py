@@ -222,7 +222,7 @@ class Failing:
         split: Split = ALONE,
     ) -> LoadedModel:
         loaded = load_model(source, dtype, device, on_progress, split)
-        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "GatedMLP")
+        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded
 
