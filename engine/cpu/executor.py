@@ -28,12 +28,14 @@ _MAX_HEAD_DIM = 256
 _MIN_SHARED_WORK = 5_000_000
 
 
-def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> KVLayout | None:
+def cpu_layout(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model.
 
     Args:
         dtype: What the model computes in.
-        kv_dtype: What K and V are stored in: int8 or `dtype`.
+        kv_dtype: What K and V are stored in: torch.int8, or None for `dtype`.
     """
     experts = DecoderLayers.of(config).experts
     if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):

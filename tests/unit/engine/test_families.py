@@ -54,7 +54,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
         kernels = Kernels(path, values)
         return CpuExecutor(kernels, loaded, kv_cache, max_tokens=512, max_position=256, num_threads=2)
 
-    layout = cpu_layout(loaded.config, 16, values, values)
+    layout = cpu_layout(loaded.config, 16, values)
     assert layout is not None, "the kernels serve this family"
     return Texts(loaded, texts, block_size=16, layout=layout, make_executor=make_executor)
 
