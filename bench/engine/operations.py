@@ -25,7 +25,7 @@ _NAMES = {
     Kind.ADD_POSITIONS: "embedding",
     Kind.RMS_NORM: "norms",
     Kind.LAYER_NORM: "norms",
-    Kind.NORMALIZE_HEADS: "norms",
+    Kind.FINISH_HEADS: "norms",
     Kind.NARROW: "norms",
     Kind.ATTEND: "attention",
     Kind.SELECT: "rows selected",

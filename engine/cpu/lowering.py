@@ -61,6 +61,8 @@ def lower_decoder(
     angles: Sequence[Angles],
     program: Program,
     partial_rows: PartialRows,
+    *,
+    int8_kv: bool,
 ) -> LoweredModel:
     """Appends a decoder's operations to `program`.
 
@@ -68,6 +70,7 @@ def lower_decoder(
         decoder: Of itself, norms and learned positions are read; its matrices are `packed`.
         layers: What it is made of.
         angles: Of each of its ways to turn; one where positions turn nothing.
+        int8_kv: Whether K and V are stored in 8 bits.
     """
     residual = program.rows(decoder.hidden_size, torch.float32)
     if shard.first_stage:
@@ -76,7 +79,12 @@ def lower_decoder(
     wanted = program.rows(decoder.hidden_size, torch.float32).of_outputs() if shard.last_stage else None
     partials = tuple(partial_rows(place, decoder.hidden_size) for place in (0, 1)) if shard.tp_size > 1 else None
     lowering = _LayerLowering(
-        program, layers, residual, LayerBuffers.of(packed.layers, decoder.hidden_size, program), partials
+        program,
+        layers,
+        residual,
+        LayerBuffers.of(packed.layers, decoder.hidden_size, program),
+        partials,
+        int8_kv=int8_kv,
     )
     positions = layers.positions
     for index, (layer, weights) in enumerate(zip(decoder.layers.values(), packed.layers, strict=True)):
@@ -136,6 +144,8 @@ class _LayerLowering:
         residual: Rows,
         buffers: LayerBuffers,
         partials: tuple[Rows, ...] | None,
+        *,
+        int8_kv: bool,
     ) -> None:
         self.buffers = buffers
         self._program = program
@@ -143,6 +153,7 @@ class _LayerLowering:
         self._activation = _ACTIVATIONS[layers.mlp.activation]
         self._residual = residual
         self._partials = partials
+        self._int8_kv = int8_kv
 
     def lower(
         self, index: int, layer: DecoderLayer, weights: PackedLayer, angles: Angles, wanted: Rows | None = None
@@ -190,14 +201,15 @@ class _LayerLowering:
 
     def _project_heads(self, index: int, layer: DecoderLayer, weights: PackedLayer, angles: Angles) -> None:
         buffers, program = self.buffers, self._program
-        if weights.head_scales is None:
+        norm = layer.self_attn.q_norm
+        if norm is None and not self._int8_kv:
             program.project_heads(buffers.normed, weights.qkv, buffers.queries, index, angles)
             return
-        # A head lies over several panels, which several threads may compute: it is normalised when all are there.
-        assert layer.self_attn.q_norm is not None
-        epsilon = layer.self_attn.q_norm.eps
+        # A head lies over several panels, which several threads may compute: it is normalised, and its K and V get
+        # their scales, when all are there.
         program.project(buffers.normed, weights.qkv, buffers.heads, Finish.STORE)
-        program.normalize_heads(buffers.heads, weights.head_scales, epsilon, buffers.queries, index, angles)
+        epsilon = 0.0 if norm is None else norm.eps
+        program.finish_heads(buffers.heads, buffers.queries, index, angles, weights.head_scales, epsilon)
 
     def _mlp_to(self, mlp: PackedMlp | PackedMixture, target: Rows, finish: Finish) -> None:
         """target = this rank's part of what the MLP gives, or that on top of what is there."""
