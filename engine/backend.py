@@ -10,11 +10,12 @@ from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
 from engine.cpu.library import Kernels
+from engine.cpu.packed_model import PackedModel, pack_model
 from engine.cpu.sampling import CpuSampling
 from engine.cuda.support import can_use_kernels
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import LoadedModel
+from engine.loader import DTYPES, LoadedModel
 from engine.model_config import ModelConfig
 from engine.parallel.exchange import Exchange
 from engine.parallel.host_exchange import HostExchange
@@ -55,9 +56,25 @@ def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
         return None
 
 
+def packs(config: EngineConfig, model: ModelConfig, kernels: Path | None) -> bool:
+    """Whether the CPU kernels (of `cpu_kernels`) compute the model, from packed matrices."""
+    return kernels is not None and cpu_layout(model, config.block_size, DTYPES[config.dtype_name]) is not None
+
+
+def pack_weights(config: EngineConfig, loaded: LoadedModel, kernels: Path | None) -> PackedModel | None:
+    """The loaded model's matrices as the CPU kernels read them; None where these do not compute it.
+
+    Raises ConfigError where the checkpoint cannot give one of them.
+    """
+    if kernels is None or not packs(config, loaded.config, kernels):
+        return None
+    return pack_model(loaded, Kernels(kernels, DTYPES[config.dtype_name]), num_threads=torch.get_num_threads())
+
+
 def choose_backend(
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     *,
     kernels: Path | None,
@@ -65,9 +82,10 @@ def choose_backend(
     max_model_len: int,
     max_blocks: int,
 ) -> Backend:
-    """Makes the executor, which may take the model's weights and seconds.
+    """Makes the executor.
 
     Args:
+        packed: Of `pack_weights`.
         kernels: Of `cpu_kernels`.
         exchange: With the other ranks of this one's group.
         max_model_len: Tokens of the longest request.
@@ -75,7 +93,7 @@ def choose_backend(
     """
     device, shard = kv_cache.device, loaded.shard
     if kernels is not None:
-        return _cpu_backend(kernels, config, loaded, kv_cache, exchange, max_model_len)
+        return _cpu_backend(kernels, config, loaded, packed, kv_cache, exchange, max_model_len)
     if config.compile:
         # Imports torch's compiler.
         from engine.compiled import compile_layers
@@ -98,13 +116,14 @@ def _cpu_backend(
     path: Path,
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     exchange: Exchange | None,
     max_model_len: int,
 ) -> Backend:
     num_threads = torch.get_num_threads()
     sampling = CpuSampling(path, vocab_size=loaded.config.vocab_size, num_threads=num_threads)
-    if kv_cache.layout == PLAIN:
+    if packed is None:
         log.warning(
             "computing in plain torch, several times slower than the CPU kernels: these serve Llama and its relatives "
             "in float32 and bfloat16, with blocks and heads of a multiple of 16, and parts of heads that turn of 32"
@@ -119,6 +138,7 @@ def _cpu_backend(
     cpu_executor = CpuExecutor(
         Kernels(path, kv_cache.dtype),
         loaded,
+        packed,
         kv_cache,
         max_tokens=config.max_num_batched_tokens,
         max_position=max_model_len,

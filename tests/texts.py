@@ -20,8 +20,9 @@ def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
     return TorchExecutor(loaded.model, kv_cache)
 
 
-def load(directory: Path, dtype: str = "float32") -> LoadedModel:
-    return load_model(str(directory), dtype, CPU, lambda done, total: None)
+def load(directory: Path, dtype: str = "float32", *, stored: bool = False) -> LoadedModel:
+    """With `stored`, its matrices are left for a packer."""
+    return load_model(str(directory), dtype, CPU, lambda done, total: None, keeps_stored=lambda config: stored)
 
 
 class Texts:
@@ -50,7 +51,7 @@ class Texts:
         # Block 0 belongs to no text: with it tables are padded.
         order = torch.randperm(len(texts) * blocks_each, generator=torch.Generator().manual_seed(1)) + 1
         self.tables = order.view(len(texts), blocks_each)
-        dtype = next(loaded.model.parameters()).dtype
+        dtype = loaded.dtype
         num_blocks = len(order) + 1
         config, kv_heads, layers = loaded.config, range(loaded.config.num_kv_heads), range(loaded.config.num_layers)
         if region:

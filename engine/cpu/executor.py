@@ -9,8 +9,8 @@ import torch
 from engine.batch import Batch
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
-from engine.cpu.packed_model import pack_model
-from engine.cpu.packing import PACK, Packer, padded
+from engine.cpu.packed_model import PackedModel
+from engine.cpu.packing import PACK, padded
 from engine.cpu.program import Program, Rows
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
@@ -58,9 +58,10 @@ SumsBetween = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CpuExecutor:
-    """A `ModelExecutor`. Takes the model's weights out of it.
+    """A `ModelExecutor`.
 
     Args:
+        packed: The matrices of the loaded model, whose other parameters have values.
         kv_cache: In `cpu_layout`; of the heads and layers of the model's shard.
         max_tokens: Of a step.
         max_position: Tokens of the longest request.
@@ -71,6 +72,7 @@ class CpuExecutor:
         self,
         kernels: Kernels,
         loaded: LoadedModel,
+        packed: PackedModel,
         kv_cache: KVCache,
         *,
         max_tokens: int,
@@ -86,7 +88,6 @@ class CpuExecutor:
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, Packer(kernels))
         self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.cpu.library import Kernels
 from engine.cpu.packing import PackedMatrix, Packer
+from engine.loader import LoadedModel
 from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.models.layers import DecoderLayer
 from engine.models.parallel_layers import VocabParallelEmbedding
@@ -44,8 +46,13 @@ class PackedModel:
     lm_head: PackedMatrix | None
 
 
-def pack_model(model: GatedDecoderForCausalLM, packer: Packer) -> PackedModel:
-    """Packs the model's matrices, taking each out of the model."""
+def pack_model(loaded: LoadedModel, kernels: Kernels, *, num_threads: int) -> PackedModel:
+    """Reads the model's matrices, which are still in the checkpoint, straight into their places.
+
+    The model loses them. Raises ConfigError where the checkpoint cannot give one of them.
+    """
+    model, packer = loaded.model, Packer(kernels, loaded.stored, num_threads)
+    assert isinstance(model, GatedDecoderForCausalLM)
     decoder = model.model
     embedding = None if decoder.embed_tokens is None else _packed(packer, decoder.embed_tokens)
     layers = tuple(_packed_layer(layer, packer, decoder.rotary_dim) for layer in decoder.layers.values())
@@ -73,8 +80,8 @@ def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> Pac
 
 
 def _taken(*modules: nn.Linear | VocabParallelEmbedding) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
-    weights = [module.weight.data for module in modules]
+    """Weights and biases, which the modules lose: they compute nothing."""
+    weights = [module.weight for module in modules]
     biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
     for module in modules:
         module.register_parameter("weight", None)

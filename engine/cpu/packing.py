@@ -1,11 +1,13 @@
 """Weights in the order in which the kernels read them."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.cpu.library import Kernels
+from engine.cpu.library import Kernels, PackStatus
+from engine.weights.stored import StoredMatrix
 from pdmesh.kv_memory import private_memory
 
 # kernels/matrix.h: kPanel.
@@ -32,71 +34,92 @@ class PackedMatrix:
 
 
 class Packer:
-    """Packs matrices, side by side or interleaved, into one."""
+    """Packs matrices, side by side or interleaved, into one.
 
-    def __init__(self, kernels: Kernels) -> None:
+    Args:
+        stored: Where they lie; see `LoadedModel.stored`. It loses those that are packed.
+        num_threads: That pack.
+    """
+
+    def __init__(self, kernels: Kernels, stored: MutableMapping[torch.Tensor, StoredMatrix], num_threads: int) -> None:
         self._kernels = kernels
+        self._stored = stored
+        self._num_threads = num_threads
         self._memory = _LargePages()
 
     def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
-        n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        values = self._zeros(n, k)
-        base = 0
+        base, places = 0, []
         for weight in weights:
-            self._kernels.pack(values, weight, base, len(weight), 0)
+            places.append(base + torch.arange(len(weight)))
             base += len(weight)
-        return PackedMatrix(n, k, values, _bias(torch.cat([_filled(*pair) for pair in _pairs(weights, biases)])))
+        return self._packed(base, weights, biases, places)
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
-        (size, k) = weights[0].shape
-        n = 2 * padded(size, _HALF)
-        values, bias = self._zeros(n, k), torch.zeros(n)
-        for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
-            self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
-        return PackedMatrix(n, k, values, bias)
+        outputs = torch.arange(len(weights[0]))
+        first = outputs // _HALF * PANEL + outputs % _HALF
+        return self._packed(2 * padded(len(outputs), _HALF), weights, biases, [first, first + _HALF])
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
     ) -> PackedMatrix:
         """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
         turns together; kernels/attention.h, Projection. The first `rotary_dim` dimensions turn."""
-        (q, k, v), half = weights, head_dim // 2
-        head_columns = 2 * padded(half, _HALF)
-        num_turned = (len(q) + len(k)) // head_dim * head_columns
-        n = num_turned + len(v)
-        values, bias = self._zeros(n, q.shape[1]), torch.zeros(padded(n))
-        base = 0
-        for weight, own_bias in _pairs(weights, biases)[:2]:
-            filled = _filled(weight, own_bias)
-            for first in range(0, len(weight), head_dim):
-                for place, dims in enumerate(_halves(head_dim, rotary_dim)):
-                    rows = first + dims
-                    self._interleave(values, bias, weight[rows], filled[rows], base + place * _HALF)
-                base += head_columns
-        self._kernels.pack(values, v, num_turned, len(v), 0)
-        bias[num_turned:n] = _filled(v, biases[2])
-        return PackedMatrix(n, q.shape[1], values, bias)
+        q, k, v = weights
+        in_head = _places_in_head(head_dim, rotary_dim)
+        head_columns = 2 * padded(head_dim // 2, _HALF)
+        base, places = 0, []
+        for weight in (q, k):
+            heads = base + head_columns * torch.arange(len(weight) // head_dim)
+            places.append((heads[:, None] + in_head).flatten())
+            base += head_columns * len(heads)
+        places.append(base + torch.arange(len(v)))
+        return self._packed(base + len(v), weights, biases, places)
 
     @staticmethod
     def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
         """Of q's heads and k's, [head_dim] each: float32, one behind the other, as `rotary` orders a head."""
         head_dim = len(scales[0])
-        packed = torch.zeros(len(scales), padded(head_dim // 2, _HALF) // _HALF, 2, _HALF)
+        packed = torch.zeros(len(scales), 2 * padded(head_dim // 2, _HALF))
         for of_head, scale in zip(packed, scales, strict=True):
-            for place, dims in enumerate(_halves(head_dim, rotary_dim)):
-                pairs = torch.arange(len(dims))
-                of_head[pairs // _HALF, place, pairs % _HALF] = scale[dims].float()
+            of_head[_places_in_head(head_dim, rotary_dim)] = scale.float()
         return packed.flatten()
 
-    def _interleave(
-        self, values: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, filled: torch.Tensor, base: int
-    ) -> None:
-        """Puts 16 of a matrix' outputs from column `base` on, the next 16 a panel further, and so on."""
-        self._kernels.pack(values, weight, base, _HALF, PANEL)
-        outputs = torch.arange(len(weight))
-        bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
+    def _packed(
+        self,
+        n: int,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor],
+    ) -> PackedMatrix:
+        """The matrix whose outputs `places` are those of `weights`, and all others zero."""
+        k = weights[0].shape[1]
+        values, packed_bias = self._zeros(n, k), torch.zeros(padded(n))
+        for weight, bias, outputs in zip(weights, biases, places, strict=True):
+            rows = torch.full((padded(n),), -1)
+            rows[outputs] = torch.arange(len(outputs))
+            # From the panel with its first output on.
+            first, end = padded(int(outputs.min()) - PANEL + 1), int(outputs.max()) + 1
+            self._pack(values[first * padded(k, PACK[values.dtype]) :], rows[first:end], weight)
+            if bias is not None:
+                packed_bias[outputs] = bias.float()
+        return PackedMatrix(n, k, values, packed_bias)
+
+    def _pack(self, values: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        """Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite."""
+        stored = self._stored.pop(weight)
+        source = stored.rows() or stored.read()
+        status = self._kernels.pack(values, weight.shape[1], rows, source, self._num_threads)
+        match status:
+            case PackStatus.PACKED:
+                stored.done()
+            case PackStatus.NOT_FINITE:
+                raise stored.not_finite()
+            case PackStatus.CUT_SHORT:
+                raise stored.cut_short()
+            case error:
+                raise stored.unreadable(os.strerror(error))
 
     def _zeros(self, n: int, k: int) -> torch.Tensor:
         dtype = self._kernels.dtype
@@ -117,23 +140,12 @@ class _LargePages:
         return taken
 
 
-def _halves(head_dim: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dimensions that panels hold first, and those beside them: of what turns, then of what does not."""
-    turned, still = (
-        torch.arange(begin, end).view(2, (end - begin) // 2) for begin, end in ((0, rotary_dim), (rotary_dim, head_dim))
-    )
-    return torch.cat((turned[0], still[0])), torch.cat((turned[1], still[1]))
-
-
-def _pairs(
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    return list(zip(weights, biases, strict=True))
-
-
-def _filled(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros(len(weight)) if bias is None else bias.float()
-
-
-def _bias(values: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))
+def _places_in_head(head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Where the panels of a head hold each of its dimensions: the halves of what turns, then of what does not,
+    alternating by 16."""
+    places = torch.empty(head_dim, dtype=torch.int64)
+    halves = [torch.arange(*ends).view(2, -1) for ends in ((0, rotary_dim), (rotary_dim, head_dim))]
+    for place, dims in enumerate(torch.cat(halves, dim=1)):
+        pairs = torch.arange(len(dims))
+        places[dims] = pairs // _HALF * PANEL + place * _HALF + pairs % _HALF
+    return places

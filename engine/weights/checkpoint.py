@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from engine.model_config import ModelConfig
+from pdmesh.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,22 @@ def part_bytes(tensor: StoredTensor, part: Part) -> int:
     return tensor.num_bytes * math.prod(part.shape_of(tensor.shape)) // num_values if num_values else 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """Rows of a matrix, or of a part of one, as they lie in an open file: plain values in the machine's byte order.
+
+    Attributes:
+        descriptor: Of the file; valid while the checkpoint lives.
+        offset: Of the first value, in bytes.
+        row_bytes: From one row's first value to the next one's.
+    """
+
+    descriptor: int
+    dtype: torch.dtype
+    offset: int
+    row_bytes: int
+
+
 def _within(wanted: range | None, size: int) -> range:
     if wanted is None:
         return range(size)
@@ -88,10 +105,32 @@ class Checkpoint(Protocol):
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...
 
+    def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
+        """Where the part of a matrix lies in its file; None where it does not lie there as plain values."""
+        ...
+
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         """A tensor's values on the CPU, or a part of them: contiguous, in memory of its own.
 
         Takes memory for what it returns and a piece of some MiB, however large the tensor. Of a q or k projection, a
-        part has all rows of some heads. Raises ConfigError where the file cannot give the values.
+        part has all rows of some heads. Raises ConfigError where the file cannot give the values, or some are not
+        finite.
         """
         ...
+
+
+def check_finite(values: torch.Tensor, tensor: StoredTensor) -> None:
+    """Raises ConfigError where some of a tensor's values are not finite."""
+    # NaN is the least and the largest of any values among which it is; this reads them once.
+    if values.numel() and not all(bound.isfinite() for bound in torch.aminmax(values)):
+        raise not_finite(tensor, values.dtype)
+
+
+def not_finite(tensor: StoredTensor, dtype: torch.dtype) -> ConfigError:
+    """What to say of a tensor that, read as `dtype`, has values that are not finite."""
+    if dtype == torch.float16 and tensor.encoding != "F16":
+        return ConfigError(
+            f"{tensor.file}: tensor {tensor.name} holds values that float16 cannot, or NaN: use --dtype bfloat16, or "
+            "get the file anew"
+        )
+    return ConfigError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity: get the file anew")

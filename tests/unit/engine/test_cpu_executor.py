@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from engine.cpu.build import X86_TARGETS, BuildError, Target, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Kernels
+from engine.cpu.packed_model import pack_model
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
@@ -37,9 +38,11 @@ def texts_on_kernels(
     region: bool = False,
 ) -> Texts:
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
+        kernels = Kernels(kernels_path(target or this_target()), kv_cache.dtype)
         return CpuExecutor(
-            Kernels(kernels_path(target or this_target()), kv_cache.dtype),
+            kernels,
             loaded,
+            pack_model(loaded, kernels, num_threads=num_threads),
             kv_cache,
             max_tokens=512,
             max_position=256,
@@ -47,7 +50,7 @@ def texts_on_kernels(
         )
 
     return Texts(
-        load(directory, dtype),
+        load(directory, dtype, stored=True),
         texts,
         block_size=block_size,
         layout=KVLayout(PACK[dtype]),

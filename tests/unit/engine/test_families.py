@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, cpu_layout
 from engine.cpu.library import Kernels
+from engine.cpu.packed_model import pack_model
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
-from engine.loader import LoadedModel
+from engine.loader import DTYPES, LoadedModel
 from tests.texts import Texts, load, random_text, reference_logits
 from tests.tiny_families import SHAPES, make_tiny_family
 
@@ -43,12 +44,13 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
         path = kernels_path(this_target())
     except BuildError as error:
         pytest.skip(str(error))
-    loaded = load(directory, dtype)
-    values = next(loaded.model.parameters()).dtype
+    loaded = load(directory, dtype, stored=True)
+    values = DTYPES[dtype]
 
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(path, values)
-        return CpuExecutor(kernels, loaded, kv_cache, max_tokens=512, max_position=256, num_threads=2)
+        packed = pack_model(loaded, kernels, num_threads=2)
+        return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=256, num_threads=2)
 
     layout = cpu_layout(loaded.config, 16, values)
     assert layout is not None, "the kernels serve this family"
