@@ -126,7 +126,7 @@ def _cpu_backend(
     if packed is None:
         log.warning(
             "computing in plain torch, several times slower than the CPU kernels: these serve Llama and its relatives "
-            "in float32 and bfloat16, with blocks and heads of a multiple of 16, and parts of heads that turn of 32"
+            "in float32 and bfloat16, with blocks and heads of a multiple of 16"
         )
         executor = TorchExecutor(loaded.model, kv_cache, last_stage=loaded.shard.last_stage)
         return Backend(executor, sampling, kv_cache.device)

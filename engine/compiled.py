@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.attention import Attention
+from engine.attention import Attention, Scores
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.models.causal_lm import CausalLM
+from engine.models.positions import Rotation
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 _WARM_UP_TOKENS = (7, 1)
 
 
-_Run = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, Attention], torch.Tensor]
+_Run = Callable[[nn.Module, torch.Tensor, Rotation | None, Attention], torch.Tensor]
 
 
 def compile_layers(model: CausalLM, kv_cache: KVCache) -> float:
@@ -49,11 +50,9 @@ def compile_layers(model: CausalLM, kv_cache: KVCache) -> float:
     return seconds
 
 
-def _run(
-    block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention
-) -> torch.Tensor:
+def _run(block: nn.Module, hidden: torch.Tensor, rotation: Rotation | None, attention: Attention) -> torch.Tensor:
     """The one function that is compiled; the block is an argument of it."""
-    output: torch.Tensor = block(hidden, cos, sin, attention)
+    output: torch.Tensor = block(hidden, rotation, attention)
     return output
 
 
@@ -65,8 +64,8 @@ class _CompiledBlock(nn.Module):
         self.block = block
         self._run = run
 
-    def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: Attention) -> torch.Tensor:
-        return self._run(self.block, hidden, cos, sin, _Uncompiled(attention))
+    def forward(self, hidden: torch.Tensor, rotation: Rotation | None, attention: Attention) -> torch.Tensor:
+        return self._run(self.block, hidden, rotation, _Uncompiled(attention))
 
 
 class _Uncompiled:
@@ -80,10 +79,8 @@ class _Uncompiled:
         return self._attention.kv_cache
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
-    ) -> torch.Tensor:
-        return self._attention.attend(layer, q, k, v, window)
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        return self._attention.attend(layer, q, k, v, scores)
 
 
 class _NoAttention:
@@ -92,9 +89,7 @@ class _NoAttention:
     def __init__(self, kv_cache: KVCache) -> None:
         self.kv_cache = kv_cache
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         # Memory of its own, as what attention gives back is.
         return q.clone()
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pdmesh.errors import ConfigError
@@ -18,14 +18,20 @@ class Fields:
         where: The file, as error messages name it.
         values: What it says.
         prefix: Put before field names in messages, e.g. "rope_parameters.".
+        names: Fields that this file calls otherwise: the name by which they are asked for to its own.
     """
 
     where: str
     values: Mapping[str, object]
     prefix: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
+        return self.value(name) is not None
+
+    def value(self, name: str) -> object:
+        """What the file says; None: nothing."""
+        return self.values.get(self._own(name))
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = self._get(name, default)
@@ -56,12 +62,12 @@ class Fields:
 
     def group(self, name: str) -> "Fields | None":
         """The fields of a nested object; None where there is none."""
-        value = self.values.get(name)
+        value = self.value(name)
         if value is None:
             return None
         if not isinstance(value, dict):
             self.refuse(name, "must be an object")
-        return Fields(self.where, value, f"{self.prefix}{name}.")
+        return Fields(self.where, value, f"{self.prefix}{self._own(name)}.")
 
     def under(self, prefix: str) -> "Fields":
         """Those whose names begin with `prefix`, by the rest of their names."""
@@ -70,13 +76,18 @@ class Fields:
 
     def refuse(self, name: str, rule: str) -> NoReturn:
         """Raises ConfigError: the field's value breaks `rule`."""
-        shown = repr(self.values.get(name))
+        shown = repr(self.value(name))
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        raise ConfigError(f"{self.where}: {self.prefix}{name} is {shown}: {rule}")
+        raise ConfigError(f"{self.where}: {self.prefix}{self._own(name)} is {shown}: {rule}")
 
     def _get(self, name: str, default: object) -> object:
-        value = self.values.get(name)
+        value = self.value(name)
         value = default if value is None else value
         if value is None:
-            raise ConfigError(f"{self.where}: {self.prefix}{name} is missing: the file is incomplete, get it anew")
+            raise ConfigError(
+                f"{self.where}: {self.prefix}{self._own(name)} is missing: the file is incomplete, get it anew"
+            )
         return value
+
+    def _own(self, name: str) -> str:
+        return self.names.get(name, name)

@@ -12,19 +12,16 @@ from torch import nn
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import ColumnParallelLinear, Reduce, alone
+from engine.models.parallel_layers import Reduce, alone
 from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
+from engine.weights.places import TensorPlaces
 from engine.weights.source import open_checkpoint
 from engine.weights.stored import Progress, StoredMatrix
 from pdmesh.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Stored by old checkpoints and computed here from the config.
-_COMPUTED = ".rotary_emb.inv_freq"
-_OUTPUT = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +64,13 @@ class LoadedModel:
     def name(self) -> str:
         return self.config.name
 
+    def fill(self) -> None:
+        """Reads what is still stored into the model, on the CPU. Raises ConfigError."""
+        for name, parameter in list(self.model.named_parameters()):
+            if matrix := self.stored.pop(parameter, None):
+                _assign(self.model, name, matrix.read())
+                matrix.done()
+
 
 def fill_all(config: ModelConfig) -> bool:
     """That no matrix of any model stays in its checkpoint."""
@@ -97,9 +101,10 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    _check(build_model(checkpoint.config), checkpoint)
+    places = _places(checkpoint)
+    _check(places, checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
-    held = _held(model)
+    held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
@@ -122,31 +127,26 @@ def load_model(
     return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
 
 
-def _held(model: nn.Module) -> dict[str, list[tuple[str, Part]]]:
+def _places(checkpoint: Checkpoint) -> TensorPlaces:
+    """Where the whole model's tensors lie."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in build_model(checkpoint.config).named_parameters()}
+    return TensorPlaces(checkpoint.names, shapes, checkpoint.config.head_dim, checkpoint.tensors)
+
+
+def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, Part]]]:
     """Of each of the checkpoint's tensors: the parameters that it holds, and what of it each is."""
     held: dict[str, list[tuple[str, Part]]] = {}
     for name, _ in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        fused = module.fused if isinstance(module, ColumnParallelLinear) else None
-        tensor = f"{owner.rpartition('.')[0]}.{fused}.{leaf}" if fused else name
-        held.setdefault(tensor, []).append((name, getattr(module, "parts", {}).get(leaf, WHOLE)))
+        part = getattr(model.get_submodule(owner), "parts", {}).get(leaf, WHOLE)
+        tensor, stored_part = places.place(name, part)
+        held.setdefault(tensor, []).append((name, stored_part))
     return held
 
 
-def _stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors that a whole model asks for, and their shapes."""
-    parameters = dict(model.named_parameters())
-    shapes = {}
-    for tensor, of_tensor in _held(model).items():
-        num_rows, *others = parameters[of_tensor[0][0]].shape
-        shapes[tensor] = (max((part.rows.stop for _, part in of_tensor if part.rows), default=num_rows), *others)
-    return shapes
-
-
-def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
     """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
-    shapes = _stored_shapes(model)
+    shapes = places.stored_shapes()
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
         if name not in checkpoint.tensors:
@@ -159,15 +159,11 @@ def _check(model: nn.Module, checkpoint: Checkpoint) -> None:
                     f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, and the config asks for "
                     f"{list(expected)}: get config and weights from the same place"
                 )
-        elif not _is_redundant(tensor.name, checkpoint.config):
+        elif not places.is_redundant(tensor.name):
             raise ConfigError(
                 f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
                 "config: get config and weights from the same place"
             )
-
-
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    return name.endswith(_COMPUTED) or (name == _OUTPUT and config.tie_word_embeddings)
 
 
 def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:

@@ -12,10 +12,10 @@ import gguf
 import torch
 from safetensors.torch import save_file
 
+from engine.decoder_config import DecoderLayers
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.models import llama
-from engine.models.gated_config import GatedLayers
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.digest import model_digest
 from engine.weights.source import open_checkpoint
@@ -88,7 +88,7 @@ def write_directory(checkpoint: Checkpoint, dtype: str, directory: Path) -> None
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, object]:
     """The fields of config.json, of a Llama."""
-    layers = GatedLayers.of(config)
+    layers = DecoderLayers.of(config)
     return {
         "architectures": [config.architecture],
         "model_type": "llama",
@@ -101,12 +101,12 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, object]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": layers.rms_norm_eps,
+        "rms_norm_eps": layers.norm.eps,
         "max_position_embeddings": config.max_position,
         "rope_theta": layers.rope.theta,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": layers.qkv_bias,
-        "mlp_bias": layers.mlp_bias,
+        "attention_bias": layers.attention.qkv_bias,
+        "mlp_bias": layers.mlp.bias,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
     }
@@ -116,7 +116,7 @@ def write_gguf(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
     """A GGUF file without a vocabulary; whole as soon as it has its name."""
     config = checkpoint.config
     _check_plain_llama(config)
-    layers = GatedLayers.of(config)
+    layers = DecoderLayers.of(config)
     unfinished = path.with_suffix(".unfinished")
     tensor_type, file_type = _GGUF_TYPES[dtype]
     writer = gguf.GGUFWriter(unfinished, "llama")
@@ -133,7 +133,7 @@ def write_gguf(checkpoint: Checkpoint, dtype: str, path: Path) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(layers.rope.theta)
-    writer.add_layer_norm_rms_eps(layers.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(layers.norm.eps)
     for name in checkpoint.tensors:
         values = _in_gguf_order(name, checkpoint.read(name, torch.float32), config)
         # Vectors (norms, biases) stay float32: llama.cpp's kernels ask for it.
@@ -170,7 +170,7 @@ def _check_plain_llama(config: ModelConfig) -> None:
             f"{config.name} is a {config.architecture}, and the bench converts only Llamas: "
             "give a Hugging Face directory and leave llamacpp out"
         )
-    rope = GatedLayers.of(config).rope
+    rope = DecoderLayers.of(config).rope
     if rope.scaling is not None or rope.freq_factors:
         raise ConfigError(
             f"{config.name} scales its rotary embedding, and the bench converts only models that do not: "

@@ -20,7 +20,7 @@ CONTEXT = 200
 _REPEATS = 9
 _NAMES = {
     Kind.EMBED: "embedding",
-    Kind.NORMALIZE: "norms",
+    Kind.RMS_NORM: "norms",
     Kind.ATTEND: "attention",
     Kind.SELECT: "rows selected",
 }
@@ -66,7 +66,10 @@ def _name(operation: Operation) -> str:
     """Products by their shape and what becomes of them."""
     if operation.kind != Kind.PROJECT:
         return _NAMES[operation.kind]
-    finish = {Finish.STORE: "", Finish.ADD: ", added", Finish.SILU_MULTIPLY: ", SiLU", Finish.ROTATE: ", turned"}[
-        operation.finish
-    ]
+    finish = {
+        Finish.STORE: "",
+        Finish.ADD: ", added",
+        Finish.ACTIVATE_MULTIPLY: ", gated",
+        Finish.PROJECT_HEADS: ", turned",
+    }[operation.finish]
     return f"product {operation.k} to {operation.n}{finish}"

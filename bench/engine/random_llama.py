@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from bench.engine.checkpoints import hf_config
+from engine.decoder_config import DecoderLayers, NormConfig, turns_by
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.models import build_model
-from engine.models.gated_config import GatedLayers
 from engine.rope import RopeConfig
 
 
@@ -39,7 +39,7 @@ def llama_config(
         tie_word_embeddings=False,
         eos_token_ids=(1,),
         bos_token_id=0,
-        layers=GatedLayers(rms_norm_eps=1e-5, rope=RopeConfig(theta=500000.0)),
+        layers=DecoderLayers(NormConfig("rms", 1e-5), turns_by(RopeConfig(theta=500000.0))),
     )
 
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
+from engine.cpu.angles import Angles
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import PackedModel
 from engine.cpu.packing import PACK, padded
-from engine.cpu.program import Program, Rows
+from engine.cpu.program import MAX_EXPERTS, Program, Rows
+from engine.decoder_config import AlibiPositions, DecoderLayers, LearnedPositions, RotaryPositions
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
-from engine.models.gated_config import GatedLayers
-from engine.models.gated_decoder import GatedDecoderForCausalLM
-from engine.rope import rotation_table
+from engine.models.decoder import DecoderForCausalLM
 
-# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so, those that turn by themselves.
+# kernels/attention.h: keys are read 16 at a time, and a head's dimensions written so.
 _LANES = 16
 _MAX_HEAD_DIM = 256
 
@@ -30,12 +30,10 @@ _MIN_SHARED_WORK = 5_000_000
 
 def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
     """The KV layout that the kernels read; None where they cannot serve the model."""
-    if not isinstance(config.layers, GatedLayers) or dtype not in PACK:
+    experts = DecoderLayers.of(config).experts
+    if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):
         return None
-    rotary_dim = config.layers.rope.rotary_dim(config.head_dim)
-    if rotary_dim != config.head_dim and rotary_dim % (2 * _LANES):
-        return None
-    if block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
+    if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
     return KVLayout(PACK[dtype])
 
@@ -81,23 +79,23 @@ class CpuExecutor:
         sums: SharedSums | SumsBetween | None = None,
     ) -> None:
         config, shard = loaded.config, loaded.shard
-        assert isinstance(loaded.model, GatedDecoderForCausalLM)
+        layers = DecoderLayers.of(config)
+        assert isinstance(loaded.model, DecoderForCausalLM)
         assert (kv_cache.num_kv_heads, kv_cache.num_layers) == (len(shard.kv_heads), len(shard.layers))
         self._kernels = kernels
+        self._logit_cap = layers.logit_soft_cap
         self._num_threads = num_threads
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        self._model = lower_decoder(loaded.model, packed, shard, self._program, partial_rows)
+        angles = _angles(layers.positions, config.head_dim, max_position)
+        self._model = lower_decoder(loaded.model.model, layers, packed, shard, angles, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
         )
         # Its memory is used by address.
         self._kv_cache = kv_cache
-        # The kernels read 16 values at once, which for the last positions of narrow heads lie beyond these.
-        rope = GatedLayers.of(config).rope
-        self._cosines, self._sines = rotation_table(rope, config.head_dim, max_position + _LANES)
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
@@ -105,13 +103,9 @@ class CpuExecutor:
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
             block_size=kv_cache.block_size,
-            num_turned=rope.rotary_dim(config.head_dim) // 2,
             block_stride=block_stride,
             head_stride=head_stride,
             layer_stride=layer_stride,
-            cosines=self._cosines.data_ptr(),
-            sines=self._sines.data_ptr(),
-            score_scale=config.head_dim**-0.5,
             group=ctypes.pointer(within.group) if within else None,
         )
         # Memory is taken from the system as it is first written: rows that no step needs cost nothing.
@@ -147,7 +141,17 @@ class CpuExecutor:
             n=lm_head.n,
             k=lm_head.k,
         )
-        self._run(Step(num_tokens=num_rows), (Operation * 1)(project), lm_head.n * lm_head.k)
+        operations = (Operation * 1)(project)
+        if self._logit_cap is not None:
+            cap = Operation(
+                kind=Kind.CAP,
+                output=project.output,
+                output_bytes=project.output_bytes,
+                n=lm_head.n,
+                scale=self._logit_cap,
+            )
+            operations = (Operation * 2)(project, cap)
+        self._run(Step(num_tokens=num_rows), operations, lm_head.num_weights)
         return logits
 
     def _private_rows(self, place: int, width: int) -> Rows:
@@ -171,3 +175,12 @@ class CpuExecutor:
     def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
         num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
         self._kernels.run(self._decoder, step, operations, num_threads)
+
+
+def _angles(
+    positions: RotaryPositions | LearnedPositions | AlibiPositions, head_dim: int, max_position: int
+) -> list[Angles]:
+    """Of each way to turn."""
+    if not isinstance(positions, RotaryPositions):
+        return [Angles.none(head_dim)]
+    return [Angles.of(rope, head_dim, max_position) for rope in positions.tables]

@@ -1,4 +1,4 @@
-"""The kernels' C interface: structures as kernels/decoder.cpp has them, and calls that leave the interpreter free."""
+"""The kernels' C interface: structures as kernels/operation.h has them, and calls that leave the interpreter free."""
 
 import ctypes
 from enum import IntEnum
@@ -16,22 +16,60 @@ class Kind(IntEnum):
     """What an operation does."""
 
     EMBED = 0
-    NORMALIZE = 1
+    RMS_NORM = 1
     PROJECT = 2
     ATTEND = 3
     SELECT = 4
     REDUCE = 5
     NORMALIZE_HEADS = 6
+    LAYER_NORM = 7
+    NARROW = 8
+    ADD_POSITIONS = 9
+    ROUTE = 10
+    GATHER = 11
+    PROJECT_EXPERTS = 12
+    COMBINE_EXPERTS = 13
+    CAP = 14
 
 
 class Finish(IntEnum):
-    """What becomes of a product's sums: stored, added to the output, a gate's SiLU times the other factor, or q turned
-    to the output and turned k and v to the KV cache."""
+    """What becomes of results: in float32 stored, or added to the output; in the weights' type, for a product to read,
+    stored as they are, behind an activation, or a gate's activation times the other factor; or turned q to the output,
+    and turned k and v to the KV cache."""
 
     STORE = 0
     ADD = 1
-    SILU_MULTIPLY = 2
-    ROTATE = 3
+    NARROW = 2
+    ACTIVATE = 3
+    ACTIVATE_MULTIPLY = 4
+    PROJECT_HEADS = 5
+
+
+class Activation(IntEnum):
+    """What an MLP applies to its sums, or to its gate."""
+
+    NONE = 0
+    SILU = 1
+    RELU = 2
+    GELU = 3
+    GELU_TANH = 4
+
+
+class Rotation(ctypes.Structure):
+    _fields_ = (
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("num_turned", ctypes.c_int64),
+    )
+
+
+class ScoreRule(ctypes.Structure):
+    _fields_ = (
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        ("slopes", ctypes.c_void_p),
+    )
 
 
 class Operation(ctypes.Structure):
@@ -40,7 +78,10 @@ class Operation(ctypes.Structure):
         ("finish", ctypes.c_int32),
         ("outputs_only", ctypes.c_int32),
         ("layer", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("whole_shares", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
         ("input", ctypes.c_void_p),
         ("input_bytes", ctypes.c_int64),
         ("output", ctypes.c_void_p),
@@ -52,6 +93,9 @@ class Operation(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("rank_bytes", ctypes.c_int64),
+        ("num_experts", ctypes.c_int64),
+        ("rotation", ctypes.POINTER(Rotation)),
+        ("scores", ScoreRule),
     )
 
 
@@ -76,13 +120,9 @@ class Decoder(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
-        ("num_turned", ctypes.c_int64),
         ("block_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("layer_stride", ctypes.c_int64),
-        ("cosines", ctypes.c_void_p),
-        ("sines", ctypes.c_void_p),
-        ("score_scale", ctypes.c_float),
         ("group", ctypes.POINTER(Group)),
     )
 
@@ -188,7 +228,7 @@ class Kernels:
         Args:
             rows: int64; of each of the packed matrix' outputs, padding too, which row of the source it is; negative
                 where it stays as it is.
-            source: [n, k], or where such rows lie in a file.
+            source: [rows, k], or where such rows lie in a file.
 
         Returns:
             A `PackStatus`, or the system's error number where the file cannot be read.

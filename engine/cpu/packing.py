@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.cpu.library import Kernels, PackStatus
+from engine.weights.checkpoint import FileRows
 from engine.weights.stored import StoredMatrix
 from pdmesh.kv_memory import private_memory
 
@@ -32,12 +33,16 @@ class PackedMatrix:
     values: torch.Tensor
     bias: torch.Tensor
 
+    @property
+    def num_weights(self) -> int:
+        return self.n * self.k
+
 
 class Packer:
     """Packs matrices, side by side or interleaved, into one.
 
     Args:
-        stored: Where they lie; see `LoadedModel.stored`. It loses those that are packed.
+        stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
         num_threads: That pack.
     """
 
@@ -57,9 +62,21 @@ class Packer:
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
-        outputs = torch.arange(len(weights[0]))
-        first = outputs // _HALF * PANEL + outputs % _HALF
-        return self._packed(2 * padded(len(outputs), _HALF), weights, biases, [first, first + _HALF])
+        first = _alternating(torch.arange(len(weights[0])))
+        return self._packed(2 * padded(len(first), _HALF), weights, biases, [first, first + _HALF])
+
+    def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
+        """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
+        two, `interleaved`. The bias is that of any expert: zeros."""
+        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
+        values = self._zeros(len(experts) * size, k)
+        outputs = torch.arange(n)
+        within = outputs if num_parts == 1 else _alternating(outputs)
+        for expert, weights in enumerate(experts):
+            for place, weight in enumerate(weights):
+                self._pack(values, expert * size + place * _HALF + within, weight)
+        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
@@ -97,20 +114,27 @@ class Packer:
         k = weights[0].shape[1]
         values, packed_bias = self._zeros(n, k), torch.zeros(padded(n))
         for weight, bias, outputs in zip(weights, biases, places, strict=True):
-            rows = torch.full((padded(n),), -1)
-            rows[outputs] = torch.arange(len(outputs))
-            # From the panel with its first output on.
-            first, end = padded(int(outputs.min()) - PANEL + 1), int(outputs.max()) + 1
-            self._pack(values[first * padded(k, PACK[values.dtype]) :], rows[first:end], weight)
+            self._pack(values, outputs, weight)
             if bias is not None:
                 packed_bias[outputs] = bias.float()
         return PackedMatrix(n, k, values, packed_bias)
 
-    def _pack(self, values: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> None:
-        """Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite."""
-        stored = self._stored.pop(weight)
-        source = stored.rows() or stored.read()
-        status = self._kernels.pack(values, weight.shape[1], rows, source, self._num_threads)
+    def _pack(self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Stores a matrix in a packed one, as its `outputs`.
+
+        Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite.
+        """
+        stored, k = self._stored.pop(weight, None), weight.shape[1]
+        source = weight if stored is None else stored.rows() or stored.read()
+        # From the panel with the first output on.
+        first = int(outputs.min()) // PANEL * PANEL
+        rows = torch.full((int(outputs.max()) + 1 - first,), -1)
+        rows[outputs - first] = _row_numbers(source)
+        panels = values[first * padded(k, PACK[values.dtype]) :]
+        status = self._kernels.pack(panels, k, rows, source, self._num_threads)
+        if stored is None:
+            assert status == PackStatus.PACKED, "what lies in memory was found finite when it was read"
+            return
         match status:
             case PackStatus.PACKED:
                 stored.done()
@@ -140,12 +164,22 @@ class _LargePages:
         return taken
 
 
+def _row_numbers(source: torch.Tensor | FileRows) -> torch.Tensor:
+    if isinstance(source, torch.Tensor):
+        return torch.arange(len(source))
+    return torch.cat([torch.arange(run.start, run.stop) for run in source.runs])
+
+
+def _alternating(outputs: torch.Tensor) -> torch.Tensor:
+    """Where these come to lie if every 16 of them are followed by as many of another matrix'."""
+    return outputs // _HALF * PANEL + outputs % _HALF
+
+
 def _places_in_head(head_dim: int, rotary_dim: int) -> torch.Tensor:
     """Where the panels of a head hold each of its dimensions: the halves of what turns, then of what does not,
     alternating by 16."""
     places = torch.empty(head_dim, dtype=torch.int64)
     halves = [torch.arange(*ends).view(2, -1) for ends in ((0, rotary_dim), (rotary_dim, head_dim))]
     for place, dims in enumerate(torch.cat(halves, dim=1)):
-        pairs = torch.arange(len(dims))
-        places[dims] = pairs // _HALF * PANEL + place * _HALF + pairs % _HALF
+        places[dims] = place * _HALF + _alternating(torch.arange(len(dims)))
     return places

@@ -4,9 +4,15 @@ import ctypes
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
-from engine.cpu.library import Finish, Kind, Operation
+from engine.attention import Scores
+from engine.cpu.angles import Angles
+from engine.cpu.library import Activation, Finish, Kind, Operation, ScoreRule
 from engine.cpu.packing import PACK, PackedMatrix, padded
+
+# kernels/mixture.h: kMaxExperts.
+MAX_EXPERTS = 1024
 
 # Beyond a row's values: rows a multiple of 4096 bytes apart would fight for the same places of the first-level cache.
 _ROW_PADDING = 32
@@ -50,80 +56,163 @@ class Rows:
         return self.values.stride(0) * self.values.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class RowNorm:
+    """How rows are normalised, in float32.
+
+    Attributes:
+        scale: [width].
+        bias: [width], of a centred norm; None: none.
+        centred: To mean 0 and unit variance (layer norm); else to unit root mean square.
+    """
+
+    scale: torch.Tensor
+    epsilon: float
+    bias: torch.Tensor | None = None
+    centred: bool = False
+
+
 class Program:
     """Built once, run each step.
 
-    `operations` hold addresses of all that was passed in; `keep` keeps that alive.
+    It keeps alive all that was passed in, of which its operations hold addresses.
+
+    Attributes:
+        dtype: Of weights, and of what products read.
     """
 
     def __init__(self, max_tokens: int, dtype: torch.dtype) -> None:
         assert dtype in PACK
         self._max_tokens = max_tokens
-        self._dtype = dtype
+        self.dtype = dtype
         self._operations: list[Operation] = []
-        self._kept: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor | Angles] = []
         # Of each sum.
         self._partials: list[Rows] = []
 
-    def rows(self, width: int, dtype: torch.dtype | None = None) -> Rows:
+    def rows(self, width: int, dtype: torch.dtype | None = None, *, per_token: int = 1) -> Rows:
         """A buffer, of the weights' dtype if none is given."""
-        return Rows(torch.zeros(self._max_tokens, row_values(width), dtype=dtype or self._dtype), width)
+        num_rows = self._max_tokens * per_token
+        return Rows(torch.zeros(num_rows, row_values(width), dtype=dtype or self.dtype), width)
 
-    def embed(self, table: PackedMatrix, first_token: int, output: Rows) -> None:
-        """output = the table's rows of the tokens, which begin with `first_token`'s; of tokens that it has not, zeros.
-        `output` is float32, as are all residuals."""
-        self._add(Kind.EMBED, None, output, weight=table.values, n=table.n, k=table.k, first=first_token)
+    def embed(self, table: PackedMatrix, first_token: int, output: Rows, scale: float = 1.0) -> None:
+        """output = the table's rows of the tokens, which begin with `first_token`'s, times `scale`; of tokens that it
+        has not, zeros. `output` is float32, as are all residuals."""
+        operation = Operation(kind=Kind.EMBED, n=table.n, k=table.k, first=first_token, scale=scale)
+        self._add(operation, None, output, weight=table.values)
 
-    def rms_norm(self, source: Rows, scale: torch.Tensor, epsilon: float, output: Rows) -> None:
-        wide = torch.zeros(padded(source.width))
-        wide[: source.width] = scale
-        self._add(Kind.NORMALIZE, source, output, weight=wide, epsilon=epsilon, n=source.width)
+    def add_positions(self, table: torch.Tensor, offset: int, output: Rows) -> None:
+        """output += each token's row of `table`, [positions + offset, width], whose row `offset` is of position 0."""
+        wide = _padded(table.to(self.dtype))
+        operation = Operation(kind=Kind.ADD_POSITIONS, k=wide.shape[1], first=offset)
+        self._add(operation, None, output, weight=wide)
 
-    def project(self, source: Rows, matrix: PackedMatrix, output: Rows, finish: Finish, layer: int = 0) -> None:
+    def normalize(self, source: Rows, norm: RowNorm, output: Rows, finish: Finish = Finish.NARROW) -> None:
+        """output = the norm of float32 rows, or that on top of what is there; both may be the same memory."""
+        assert finish in (Finish.NARROW, Finish.STORE, Finish.ADD)
+        kind = Kind.LAYER_NORM if norm.centred else Kind.RMS_NORM
+        operation = Operation(kind=kind, finish=finish, epsilon=norm.epsilon, n=source.width)
+        bias = None if norm.bias is None else _padded(norm.bias.float())
+        self._add(operation, source, output, weight=_padded(norm.scale.float()), bias=bias)
+
+    def narrow(self, source: Rows, output: Rows) -> None:
+        """output = float32 rows, rounded to the weights' dtype."""
+        self._add(Operation(kind=Kind.NARROW, n=source.width), source, output)
+
+    def project(
+        self, source: Rows, matrix: PackedMatrix, output: Rows, finish: Finish, activation: Activation = Activation.NONE
+    ) -> None:
         """output = source times the matrix, or what `finish` makes of it."""
-        assert source.width == matrix.k
-        self._add(
-            Kind.PROJECT,
-            source,
-            output,
-            weight=matrix.values,
-            bias=matrix.bias,
-            finish=finish,
-            layer=layer,
-            n=matrix.n,
-            k=matrix.k,
-        )
+        assert finish is not Finish.PROJECT_HEADS
+        self._project(Operation(kind=Kind.PROJECT, finish=finish, activation=activation), source, matrix, output)
 
-    def normalize_heads(self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int) -> None:
-        """What `Finish.ROTATE` does, of `sums` of a `Packer.rotary` matrix whose q and k are normalised head by head.
+    def project_heads(self, source: Rows, matrix: PackedMatrix, queries: Rows, layer: int, angles: Angles) -> None:
+        """Makes q, k and v by a `Packer.rotary` matrix: turned queries to rows, turned keys and values to the cache."""
+        self._kept.append(angles)
+        operation = Operation(
+            kind=Kind.PROJECT, finish=Finish.PROJECT_HEADS, layer=layer, rotation=ctypes.pointer(angles.rotation)
+        )
+        self._project(operation, source, matrix, queries)
+
+    def normalize_heads(
+        self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int, angles: Angles
+    ) -> None:
+        """What `project_heads` does, of `sums` of such a matrix whose q and k are normalised head by head.
 
         Args:
             sums: Float32.
             scales: Of `Packer.head_scales`.
         """
-        self._add(Kind.NORMALIZE_HEADS, sums, queries, weight=scales, epsilon=epsilon, layer=layer, n=sums.width)
+        self._kept.append(angles)
+        operation = Operation(
+            kind=Kind.NORMALIZE_HEADS,
+            epsilon=epsilon,
+            layer=layer,
+            n=sums.width,
+            rotation=ctypes.pointer(angles.rotation),
+        )
+        self._add(operation, sums, queries, weight=scales)
 
-    def attend(self, layer: int, queries: Rows, output: Rows, window: int | None) -> None:
-        """Queries of all tokens; outputs of all, or of the wanted ones. With a window, of its last so many keys."""
-        self._add(Kind.ATTEND, queries, output, layer=layer, window=window or 0)
+    def attend(self, layer: int, queries: Rows, output: Rows, scores: Scores) -> None:
+        """Queries of all tokens; outputs of all, or of the wanted ones."""
+        slopes = torch.tensor(scores.slopes, dtype=torch.float32)
+        self._kept.append(slopes)
+        rule = ScoreRule(scores.scale, scores.soft_cap or 0.0, slopes.data_ptr() if scores.slopes else None)
+        operation = Operation(kind=Kind.ATTEND, layer=layer, window=scores.window or 0, scores=rule)
+        self._add(operation, queries, output)
+
+    def route(self, logits: Rows, num_experts: int, num_chosen: int, *, whole: bool) -> None:
+        """Chooses each row's experts, by float32 logits, for the operations on experts that follow.
+
+        Args:
+            whole: The shares of those chosen are scaled to add up to 1.
+        """
+        assert num_chosen <= num_experts <= MAX_EXPERTS
+        operation = Operation(kind=Kind.ROUTE, n=num_experts, k=num_chosen, whole_shares=whole)
+        self._add(operation, logits, logits)
+
+    def gather(self, source: Rows, output: Rows) -> None:
+        """Copies rows, of the weights' dtype, to `output`, once for each expert chosen, expert by expert."""
+        self._add(Operation(kind=Kind.GATHER, n=source.width), source, output)
+
+    def project_experts(
+        self,
+        source: Rows,
+        matrices: PackedMatrix,
+        num_experts: int,
+        output: Rows,
+        finish: Finish,
+        activation: Activation = Activation.NONE,
+    ) -> None:
+        """As `project`, of gathered rows, each with its own expert's matrix, which lie in `matrices` in a line."""
+        operation = Operation(kind=Kind.PROJECT_EXPERTS, finish=finish, activation=activation, num_experts=num_experts)
+        self._project(operation, source, matrices, output)
+
+    def combine_experts(self, source: Rows, output: Rows, finish: Finish) -> None:
+        """output = each row's experts' rows of `source`, both float32, by their shares; or that on top of it."""
+        self._add(Operation(kind=Kind.COMBINE_EXPERTS, finish=finish, n=source.width), source, output)
+
+    def cap(self, logits: Rows, cap: float) -> None:
+        """logits = cap * tanh(logits / cap), of float32 rows."""
+        self._add(Operation(kind=Kind.CAP, n=logits.width, scale=cap), logits, logits)
 
     def select(self, source: Rows, output: Rows) -> None:
         """output = the wanted tokens' rows of `source`, both float32 and not the same memory."""
         assert output.outputs_only
         assert source.values.dtype == output.values.dtype == torch.float32
-        self._add(Kind.SELECT, source, output, k=source.width)
+        self._add(Operation(kind=Kind.SELECT, k=source.width), source, output)
 
     def reduce(self, partial: Rows, output: Rows, finish: Finish) -> None:
         """output = the sum of all ranks' rows of `partial`, or that on top of what is there."""
-        self._add(
-            Kind.REDUCE,
-            partial,
-            output,
+        operation = Operation(
+            kind=Kind.REDUCE,
             finish=finish,
             n=padded(partial.width),
             first=len(self._partials),
             rank_bytes=partial.rank_bytes,
         )
+        self._add(operation, partial, output)
+        operation.input = partial.first_rank_address
         self._partials.append(partial)
 
     def compile(self) -> "ctypes.Array[Operation]":
@@ -142,42 +231,33 @@ class Program:
             segments.append(((Operation * len(operations))(*operations), partial))
         return segments
 
+    def _project(self, operation: Operation, source: Rows, matrix: PackedMatrix, output: Rows) -> None:
+        assert source.width == matrix.k
+        operation.n, operation.k = matrix.n, matrix.k
+        self._add(operation, source, output, weight=matrix.values, bias=matrix.bias)
+
     def _add(
         self,
-        kind: Kind,
+        operation: Operation,
         source: Rows | None,
         output: Rows,
         *,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
-        finish: Finish = Finish.STORE,
-        layer: int = 0,
-        epsilon: float = 0.0,
-        n: int = 0,
-        k: int = 0,
-        window: int = 0,
-        first: int = 0,
-        rank_bytes: int = 0,
     ) -> None:
+        """Appends an operation, told where it reads and writes."""
         self._kept += [rows.values for rows in (source, output) if rows is not None]
         self._kept += [tensor for tensor in (weight, bias) if tensor is not None]
-        self._operations.append(
-            Operation(
-                kind=kind,
-                finish=finish,
-                outputs_only=output.outputs_only,
-                layer=layer,
-                epsilon=epsilon,
-                input=None if source is None else source.first_rank_address if kind is Kind.REDUCE else source.address,
-                input_bytes=0 if source is None else source.row_bytes,
-                output=output.address,
-                output_bytes=output.row_bytes,
-                weight=None if weight is None else weight.data_ptr(),
-                bias=None if bias is None else bias.data_ptr(),
-                n=n,
-                k=k,
-                window=window,
-                first=first,
-                rank_bytes=rank_bytes,
-            )
-        )
+        operation.outputs_only = output.outputs_only
+        if source is not None:
+            operation.input, operation.input_bytes = source.address, source.row_bytes
+        operation.output, operation.output_bytes = output.address, output.row_bytes
+        operation.weight = None if weight is None else weight.data_ptr()
+        operation.bias = None if bias is None else bias.data_ptr()
+        self._operations.append(operation)
+
+
+def _padded(values: torch.Tensor) -> torch.Tensor:
+    """Rows padded to whole vectors with zeros, contiguous."""
+    width = values.shape[-1]
+    return F.pad(values, (0, padded(width) - width)).contiguous()

@@ -2,7 +2,7 @@
 
 paged = PagedAttention(kv_cache, …)         once: tile sizes, a view of each layer
 attention = TritonAttention(paged, step)    per step
-attention.attend(layer, q, k, v)            per layer: store, then one to three launches
+attention.attend(layer, q, k, v, scores)    per layer: store, then one to three launches
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.attention import Scores
 from engine.cuda import kernels
 from engine.kv_cache import PLAIN, KVCache
 
@@ -205,10 +206,8 @@ class TritonAttention:
         # The layers share them.
         self._parts = paged.new_parts(step.tokens.shape[1])
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None
-    ) -> torch.Tensor:
-        assert window is None, "engine.cuda.support refuses models with windows"
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+        assert scores == Scores(q.shape[2] ** -0.5), "engine.cuda.support refuses models that score otherwise"
         paged, step = self._paged, self._step
         paged.store(layer, k, v, step.slot_mapping)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

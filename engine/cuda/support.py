@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from engine.decoder_config import AlibiPositions, DecoderLayers
 from engine.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,15 @@ def unsupported(config: ModelConfig) -> str | None:
         return f"the model has {group} query heads for each KV head, and {MAX_GROUP} are supported"
     if any(window is not None for window in config.windows):
         return "the model attends over sliding windows"
+    layers = DecoderLayers.of(config)
+    if layers.attention.soft_cap is not None:
+        return "the model caps its attention's scores"
+    if layers.attention.score_scale is not None:
+        return "the model scales its attention's scores in a way of its own"
+    if isinstance(layers.positions, AlibiPositions):
+        return "the model adds to scores by distance (ALiBi)"
+    if layers.experts is not None:
+        return "the model has mixtures of experts"
     return None
 
 

@@ -1,9 +1,11 @@
 """The models, one module per family, found by the name that checkpoints give it.
 
 family             what a family is; what config files say of any decoder
-llama, …           one family each: how its config is read, and what builds it
-gated_decoder      the decoder that many of them are, by the name of their config's `GatedLayers`
-layers             its parts
+llama, …           one family each: how its config is read, and how its checkpoints name tensors
+config_parts       what config files of several families say alike
+decoder            the one decoder that they all are, of the parts that engine/decoder_config.py describes:
+decoder_layer      the order of attention, MLP and norms
+self_attention, mlp, experts, norms, positions
 parallel_layers    linear maps and embeddings of which a rank holds a part
 """
 
@@ -11,6 +13,7 @@ from engine.config_fields import Fields
 from engine.model_config import ModelConfig
 from engine.models import llama, mistral, phi3, qwen2, qwen3
 from engine.models.causal_lm import CausalLM
+from engine.models.decoder import DecoderForCausalLM
 from engine.models.family import Family, GgufTensorFacts, read_gguf, read_hf
 from engine.models.parallel_layers import Reduce, alone
 from engine.parallel.shard import Shard, shard_of
@@ -28,8 +31,7 @@ def build_model(config: ModelConfig, shard: Shard | None = None, reduce: Reduce 
     Args:
         reduce: Sums over the ranks that share a layer.
     """
-    # A reader of configs let only known architectures pass.
-    return FAMILIES[config.architecture].build(config, shard or shard_of(config), reduce)
+    return DecoderForCausalLM(config, shard or shard_of(config), reduce)
 
 
 def config_from_hf(fields: Fields, generation_fields: Fields, name: str) -> ModelConfig:

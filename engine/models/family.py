@@ -1,6 +1,6 @@
-"""A family of models: what its checkpoints call it, how its config is read, and what builds it.
+"""A family of models: what its checkpoints call it and their tensors, and how its config is read.
 
-What config files say of any decoder is read here; a family completes it with what its own layers need.
+What config files say of any decoder is read here; a family completes it with what its own layers are made of.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 
 from engine.config_fields import Fields
 from engine.model_config import LayersConfig, ModelConfig
-from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import Reduce
-from engine.parallel.shard import Shard
 from engine.rope import MAX_POSITION
+from engine.weights.tensor_names import SAME_NAMES, TensorNames
 from pdmesh.errors import ConfigError
 
 # Far beyond any model there is, and small enough that products of two of them are sizes and not overflows.
@@ -48,6 +46,7 @@ class GgufFamily:
         complete: From the metadata whose names begin so, without that, and what all models have: the whole config.
         layer_names: Of a layer's modules that other families have not, or call otherwise: GGUF's name to Hugging
             Face's.
+        names: How a model's tensors are named and laid out, by Hugging Face's names.
         interleaved: The halves of each head's rows of q and k alternate, as llama.cpp turns neighbouring dimensions
             together; else they lie as in Hugging Face checkpoints.
     """
@@ -55,6 +54,7 @@ class GgufFamily:
     name: str
     complete: Callable[[Fields, GgufTensorFacts, ModelConfig], ModelConfig]
     layer_names: Mapping[str, str] = field(default_factory=dict)
+    names: TensorNames = SAME_NAMES
     interleaved: bool = False
 
 
@@ -64,16 +64,20 @@ class Family:
 
     Attributes:
         architecture: As config.json names it.
-        build: A model or what a shard is of it, whose parameters have shapes but no values.
         complete: From config.json and what all models have: the whole config. Raises ConfigError.
         defaults: Fields that config.json may leave out, with the values that transformers takes then.
+        field_names: Fields that the family calls otherwise: the usual name to its own.
+        intermediate_ratio: The MLP's columns by the hidden size, where config.json may leave them out.
+        names: How checkpoints name and lay out tensors.
         gguf: None: not read from GGUF files.
     """
 
     architecture: str
-    build: Callable[[ModelConfig, Shard, Reduce], CausalLM]
     complete: Callable[[Fields, ModelConfig], ModelConfig]
     defaults: Mapping[str, object] = field(default_factory=dict)
+    field_names: Mapping[str, str] = field(default_factory=dict)
+    intermediate_ratio: int | None = None
+    names: TensorNames = SAME_NAMES
     gguf: GgufFamily | None = None
 
 
@@ -82,7 +86,7 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
 
     Raises ConfigError for a field that is missing or makes no sense.
     """
-    fields = Fields(fields.where, {**family.defaults, **fields.values})
+    fields = Fields(fields.where, {**family.defaults, **fields.values}, names=family.field_names)
     if fields.has("quantization_config"):
         fields.refuse(
             "quantization_config", "quantised safetensors are not supported; take the original or a GGUF file"
@@ -93,13 +97,14 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
     if num_heads % num_kv_heads:
         fields.refuse("num_key_value_heads", f"must divide num_attention_heads, {num_heads}")
     vocab_size = fields.integer("vocab_size", 1, _MAX_VOCAB_SIZE)
+    usual_columns = None if family.intermediate_ratio is None else family.intermediate_ratio * hidden_size
     eos_fields = generation_fields if generation_fields.has("eos_token_id") else fields
     config = ModelConfig(
         name=name,
         architecture=family.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size", 1, _MAX_INTERMEDIATE_SIZE),
+        intermediate_size=fields.integer("intermediate_size", 1, _MAX_INTERMEDIATE_SIZE, usual_columns),
         num_layers=fields.integer("num_hidden_layers", 1, _MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -175,7 +180,7 @@ def _token_id(fields: Fields, name: str, vocab_size: int) -> int | None:
 
 def _token_ids(fields: Fields, name: str, vocab_size: int) -> tuple[int, ...]:
     """One id, a list of them, or none."""
-    value = fields.values.get(name)
+    value = fields.value(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:

@@ -6,45 +6,42 @@ https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783.
 from dataclasses import replace
 
 from engine.config_fields import Fields
+from engine.decoder_config import AttentionConfig, DecoderLayers, MlpConfig, turns_by
 from engine.model_config import ModelConfig
-from engine.models.family import Family, GgufFamily, GgufTensorFacts
-from engine.models.gated_config import (
-    GatedLayers,
+from engine.models.config_parts import (
     refuse_partial_rotation,
-    rms_norm_eps_from_gguf,
-    rms_norm_eps_from_hf,
+    rms_norm_from_gguf,
+    rms_norm_from_hf,
+    silu_mlp_from_hf,
 )
-from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.family import Family, GgufFamily, GgufTensorFacts
 from engine.rope import rope_from_gguf, rope_from_hf
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     attention_bias = fields.boolean("attention_bias", False)
-    layers = GatedLayers(
-        rms_norm_eps=rms_norm_eps_from_hf(fields),
-        rope=rope_from_hf(fields, config.max_position),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=fields.boolean("mlp_bias", False),
+    layers = DecoderLayers(
+        norm=rms_norm_from_hf(fields),
+        positions=turns_by(rope_from_hf(fields, config.max_position)),
+        attention=AttentionConfig(qkv_bias=attention_bias, output_bias=attention_bias),
+        mlp=silu_mlp_from_hf(fields, bias=fields.boolean("mlp_bias", False)),
     )
     return replace(config, layers=layers)
 
 
 def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) -> ModelConfig:
     refuse_partial_rotation(fields, config.head_dim)
-    layers = GatedLayers(
-        rms_norm_eps=rms_norm_eps_from_gguf(fields),
-        rope=rope_from_gguf(fields, config.max_position, facts.rope_freqs),
-        qkv_bias=facts.has_attention_bias,
-        output_bias=facts.has_attention_bias,
-        mlp_bias=facts.has_mlp_bias,
+    layers = DecoderLayers(
+        norm=rms_norm_from_gguf(fields),
+        positions=turns_by(rope_from_gguf(fields, config.max_position, facts.rope_freqs)),
+        attention=AttentionConfig(qkv_bias=facts.has_attention_bias, output_bias=facts.has_attention_bias),
+        mlp=MlpConfig(bias=facts.has_mlp_bias),
     )
     return replace(config, layers=layers)
 
 
 FAMILY = Family(
     architecture="LlamaForCausalLM",
-    build=GatedDecoderForCausalLM,
     complete=_complete,
     gguf=GgufFamily("llama", _complete_gguf, interleaved=True),
 )

@@ -6,23 +6,26 @@ GGUF files call it llama, and name no window: from there it runs as one. https:/
 from dataclasses import replace
 
 from engine.config_fields import Fields
+from engine.decoder_config import DecoderLayers, turns_by
 from engine.model_config import ModelConfig
+from engine.models.config_parts import rms_norm_from_hf, same_windows, silu_mlp_from_hf
 from engine.models.family import Family
-from engine.models.gated_config import GatedLayers, rms_norm_eps_from_hf, same_windows
-from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.rope import rope_from_hf
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     if fields.has("layer_types"):
         fields.refuse("layer_types", "Mistral has one window for all layers, sliding_window: remove the field")
-    layers = GatedLayers(rms_norm_eps=rms_norm_eps_from_hf(fields), rope=rope_from_hf(fields, config.max_position))
+    layers = DecoderLayers(
+        norm=rms_norm_from_hf(fields),
+        positions=turns_by(rope_from_hf(fields, config.max_position)),
+        mlp=silu_mlp_from_hf(fields),
+    )
     return replace(config, layers=layers, windows=same_windows(fields, "sliding_window", config))
 
 
 FAMILY = Family(
     architecture="MistralForCausalLM",
-    build=GatedDecoderForCausalLM,
     complete=_complete,
     # Absent, the window is this; models that have none say null.
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},

@@ -1,6 +1,6 @@
 """Linear maps and embeddings of which a rank holds a part; of a rank that is alone, all.
 
-`parts` says of each parameter which rows and columns of the checkpoint's tensor it is.
+`parts` says of each parameter which rows and columns of the whole model's tensor it is.
 """
 
 from typing import Protocol
@@ -24,20 +24,14 @@ def alone(partial: torch.Tensor) -> torch.Tensor:
 
 
 class ColumnParallelLinear(nn.Linear):
-    """Computes `outputs`, some of the whole map's.
+    """Computes `outputs`, some of the whole map's."""
 
-    Args:
-        fused: The checkpoint's name of a map beside this one that holds it, from `first_row` on; None: it has its own.
-    """
-
-    def __init__(
-        self, in_features: int, outputs: range, *, bias: bool, fused: str | None = None, first_row: int = 0
-    ) -> None:
+    def __init__(self, in_features: int, outputs: range, *, bias: bool) -> None:
         super().__init__(in_features, len(outputs), bias=bias)
-        self.fused = fused
-        first = first_row if fused else 0
-        rows = range(first + outputs.start, first + outputs.stop)
-        self.parts = {"weight": Part(rows=rows), "bias": Part(rows=rows)}
+        self.parts = {"weight": Part(rows=outputs), "bias": Part(rows=outputs)}
+
+    def reset_parameters(self) -> None:
+        """Nothing: values come from a checkpoint, and a mixture has thousands of maps."""
 
 
 class RowParallelLinear(nn.Linear):
@@ -49,6 +43,9 @@ class RowParallelLinear(nn.Linear):
     def __init__(self, inputs: range, out_features: int, *, bias: bool) -> None:
         super().__init__(len(inputs), out_features, bias=bias)
         self.parts = {"weight": Part(columns=inputs)}
+
+    def reset_parameters(self) -> None:
+        """Nothing, as of `ColumnParallelLinear`."""
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -7,11 +7,12 @@ and beyond it another, which would turn every key of a text anew as it grows pas
 from dataclasses import replace
 
 from engine.config_fields import Fields
+from engine.decoder_config import DecoderLayers, turns_by
 from engine.model_config import ModelConfig
+from engine.models.config_parts import rms_norm_from_gguf, rms_norm_from_hf, same_windows, silu_mlp_from_hf
 from engine.models.family import Family, GgufFamily, GgufTensorFacts
-from engine.models.gated_config import GatedLayers, rms_norm_eps_from_gguf, rms_norm_eps_from_hf, same_windows
-from engine.models.gated_decoder import GatedDecoderForCausalLM
 from engine.rope import LongRopeScaling, partial_rope_from_hf, rope_from_gguf
+from engine.weights.tensor_names import Fused, TensorNames
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
@@ -20,7 +21,7 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     if isinstance(rope.scaling, LongRopeScaling):
         max_position = min(max_position, rope.scaling.original_max_position)
     config = replace(config, max_position=max_position)
-    layers = GatedLayers(rms_norm_eps=rms_norm_eps_from_hf(fields), rope=rope, fused=True)
+    layers = DecoderLayers(norm=rms_norm_from_hf(fields), positions=turns_by(rope), mlp=silu_mlp_from_hf(fields))
     return replace(config, layers=layers, windows=same_windows(fields, "sliding_window", config))
 
 
@@ -31,20 +32,30 @@ def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) 
     rope = rope_from_gguf(fields, config.max_position, facts.rope_freqs)
     if rotary_dim != config.head_dim:
         rope = replace(rope, num_rotary_dims=rotary_dim)
-    layers = GatedLayers(rms_norm_eps=rms_norm_eps_from_gguf(fields), rope=rope, fused=True)
+    layers = DecoderLayers(norm=rms_norm_from_gguf(fields), positions=turns_by(rope))
     return replace(config, layers=layers, windows=same_windows(fields, "attention.sliding_window", config))
 
 
+_NAMES = TensorNames(
+    fused=(
+        Fused("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    )
+)
+
 FAMILY = Family(
     architecture="Phi3ForCausalLM",
-    build=GatedDecoderForCausalLM,
     complete=_complete,
     defaults={
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
+    names=_NAMES,
     gguf=GgufFamily(
-        "phi3", _complete_gguf, layer_names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+        "phi3",
+        _complete_gguf,
+        layer_names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        names=_NAMES,
     ),
 )

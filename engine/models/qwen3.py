@@ -6,46 +6,44 @@ https://arxiv.org/abs/2505.09388.
 from dataclasses import replace
 
 from engine.config_fields import Fields
+from engine.decoder_config import AttentionConfig, DecoderLayers, turns_by
 from engine.model_config import ModelConfig
-from engine.models.family import Family, GgufFamily, GgufTensorFacts
-from engine.models.gated_config import (
-    GatedLayers,
+from engine.models.config_parts import (
     chosen_windows,
     refuse_partial_rotation,
-    rms_norm_eps_from_gguf,
-    rms_norm_eps_from_hf,
+    rms_norm_from_gguf,
+    rms_norm_from_hf,
+    silu_mlp_from_hf,
 )
-from engine.models.gated_decoder import GatedDecoderForCausalLM
+from engine.models.family import Family, GgufFamily, GgufTensorFacts
 from engine.rope import rope_from_gguf, rope_from_hf
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     attention_bias = fields.boolean("attention_bias", False)
-    layers = GatedLayers(
-        rms_norm_eps=rms_norm_eps_from_hf(fields),
-        rope=rope_from_hf(fields, config.max_position),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        qk_norm=True,
+    layers = DecoderLayers(
+        norm=rms_norm_from_hf(fields),
+        positions=turns_by(rope_from_hf(fields, config.max_position)),
+        attention=AttentionConfig(qkv_bias=attention_bias, output_bias=attention_bias, qk_norm=True),
+        mlp=silu_mlp_from_hf(fields),
     )
     return replace(config, layers=layers, windows=chosen_windows(fields, config))
 
 
 def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) -> ModelConfig:
     refuse_partial_rotation(fields, config.head_dim)
-    layers = GatedLayers(
-        rms_norm_eps=rms_norm_eps_from_gguf(fields),
-        rope=rope_from_gguf(fields, config.max_position, facts.rope_freqs),
-        qkv_bias=facts.has_attention_bias,
-        output_bias=facts.has_attention_bias,
-        qk_norm=True,
+    layers = DecoderLayers(
+        norm=rms_norm_from_gguf(fields),
+        positions=turns_by(rope_from_gguf(fields, config.max_position, facts.rope_freqs)),
+        attention=AttentionConfig(
+            qkv_bias=facts.has_attention_bias, output_bias=facts.has_attention_bias, qk_norm=True
+        ),
     )
     return replace(config, layers=layers)
 
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
-    build=GatedDecoderForCausalLM,
     complete=_complete,
     defaults={
         "num_key_value_heads": 32,

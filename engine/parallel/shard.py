@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+from engine.decoder_config import DecoderLayers
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
 
@@ -27,6 +28,7 @@ class Shard:
         heads: Query heads.
         kv_heads: What they attend to; each serves equally many of `heads`.
         intermediate: Columns of the MLP.
+        expert_intermediate: Columns of each expert of a mixture.
         vocab: Rows of the embedding and of the output matrix.
     """
 
@@ -38,6 +40,7 @@ class Shard:
     kv_heads: range
     layers: range
     intermediate: range
+    expert_intermediate: range
     vocab: range
 
     @property
@@ -73,6 +76,7 @@ def shard_of(config: ModelConfig, *, tp: int = 1, pp: int = 1, rank: int = 0) ->
         kv_heads=kv_heads,
         layers=_spread(config.num_layers, pp)[pp_rank],
         intermediate=_spread(config.intermediate_size, tp, _UNIT)[tp_rank],
+        expert_intermediate=_spread(_expert_columns(config), tp, _UNIT)[tp_rank],
         vocab=_spread(config.vocab_size, tp, _UNIT, whole_units=True)[tp_rank],
     )
 
@@ -93,10 +97,33 @@ def _splits(config: ModelConfig, tp: int) -> list[tuple[range, range]] | None:
             for part in _spread(group, tp // num_kv_heads)
         ]
     attention = [2 * config.head_dim * (len(heads) + len(kv_heads)) for heads, kv_heads in splits]
-    mlp = [3 * len(part) for part in _spread(config.intermediate_size, tp, _UNIT)]
-    work = [sum(of_rank) for of_rank in zip(attention, mlp, strict=True)]
-    possible = min(mlp) and config.vocab_size >= tp * _UNIT
-    return splits if possible and max(work) * tp <= _MAX_UNFAIRNESS * sum(work) else None
+    mlps = _mlps_of_ranks(config, tp)
+    fair = all(_is_fair([sum(of_rank) for of_rank in zip(attention, mlp, strict=True)]) for mlp in mlps)
+    return splits if fair and min(map(min, mlps)) and config.vocab_size >= tp * _UNIT else None
+
+
+def _mlps_of_ranks(config: ModelConfig, tp: int) -> list[list[int]]:
+    """Of each kind of MLP that layers have: each rank's weights, by the hidden size."""
+    layers = DecoderLayers.of(config)
+    num_maps = 3 if layers.mlp.gated else 2
+    mlps = []
+    experts = layers.experts
+    if experts is None or not all(map(experts.in_layer, range(config.num_layers))):
+        mlps.append([num_maps * len(part) for part in _spread(config.intermediate_size, tp, _UNIT)])
+    if experts is not None:
+        num_maps *= experts.num_experts
+        mlps.append([num_maps * len(part) for part in _spread(experts.intermediate_size, tp, _UNIT)])
+    return mlps
+
+
+def _is_fair(work: list[int]) -> bool:
+    """Of each rank's."""
+    return max(work) * len(work) <= _MAX_UNFAIRNESS * sum(work)
+
+
+def _expert_columns(config: ModelConfig) -> int:
+    experts = DecoderLayers.of(config).experts
+    return 0 if experts is None else experts.intermediate_size
 
 
 def _possible(config: ModelConfig) -> list[int]:

@@ -31,8 +31,7 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
     """The leader's group, for `assemble` or `LocalEngine`, with its followers running. They end with it."""
     size = tp * pp
     with ExitStack() as stack:
-        # What the leader's place names, its group takes over.
-        store = socket.create_server(("127.0.0.1", 0))
+        store = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         memory_fds = {name: memory_file() for name in ("kv", "group")}
         for descriptor in memory_fds.values():
             stack.callback(os.close, descriptor)
@@ -51,7 +50,7 @@ def spawned_group(config: EngineConfig, *, tp: int = 1, pp: int = 1) -> Iterator
             host="127.0.0.1",
             leader_host="127.0.0.1",
             store_port=store.getsockname()[1],
-            store_fd=store.detach(),
+            store_fd=store.fileno(),
             step_port=0,
             step_fd=None,
             token=secrets.token_hex(16),

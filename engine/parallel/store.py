@@ -8,6 +8,7 @@ import base64
 import contextlib
 import hmac
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable
@@ -25,7 +26,8 @@ _GREETING_TIMEOUT_S: Final = 5.0
 def open_store(place: RankPlace) -> Store:
     """This rank's end of its group's store."""
     if place.store_fd is not None:
-        return LeaderStore(socket.socket(fileno=place.store_fd), place.token)
+        # The place's descriptor stays whose it was: not every group needs a store.
+        return LeaderStore(socket.socket(fileno=os.dup(place.store_fd)), place.token)
     return FollowerStore(place.leader_host, place.store_port, place.token)
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from engine.model_config import ModelConfig
+from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ class StoredTensor:
     """A tensor as it lies in a file.
 
     Attributes:
-        name: As in a Hugging Face checkpoint, e.g. "model.layers.0.self_attn.q_proj.weight".
+        name: As in a Hugging Face checkpoint of the family, e.g. "model.layers.0.self_attn.q_proj.weight".
         shape: Of its values, not of its encoding.
         encoding: The file format's name of how values are stored, e.g. "BF16" or "Q4_1".
         num_bytes: Size in the file.
@@ -36,25 +37,41 @@ class Part:
     """Which rows and columns of a stored tensor: None for all. Of a vector, `rows` says which values.
 
     Only a matrix has columns. A range outside of the tensor, or with a step, is a defect of the caller's.
+
+    Attributes:
+        rows: Or several runs of them, one after the other.
+        transposed: Of the stored matrix's transpose: `rows` and `columns` are this one's.
     """
 
-    rows: range | None = None
+    rows: range | tuple[range, ...] | None = None
     columns: range | None = None
+    transposed: bool = False
+
+    def runs_of(self, shape: tuple[int, ...]) -> tuple[range, ...]:
+        """The runs of rows, of a tensor of this shape with one dimension or more."""
+        num_rows = self._seen(shape)[0]
+        runs = self.rows if isinstance(self.rows, tuple) else (self.rows,)
+        return tuple(_within(run, num_rows) for run in runs)
 
     def rows_of(self, shape: tuple[int, ...]) -> range:
-        """The rows, of a tensor of this shape with one dimension or more."""
-        return _within(self.rows, shape[0])
+        """The rows, where they are one run."""
+        (rows,) = self.runs_of(shape)
+        return rows
 
     def columns_of(self, shape: tuple[int, ...]) -> range:
         """The columns, of a matrix of this shape."""
         assert len(shape) == 2, f"only a matrix has columns, not a tensor of shape {shape}"
-        return _within(self.columns, shape[1])
+        return _within(self.columns, self._seen(shape)[1])
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What shape the part of a tensor of this shape has."""
-        if self.columns is not None:
-            return (len(self.rows_of(shape)), len(self.columns_of(shape)))
-        return shape if self.rows is None else (len(self.rows_of(shape)), *shape[1:])
+        if self.rows is None and self.columns is None:
+            return self._seen(shape)
+        num_rows = sum(map(len, self.runs_of(shape)))
+        return (num_rows, *(self._seen(shape)[1:] if self.columns is None else (len(self.columns_of(shape)),)))
+
+    def _seen(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if self.transposed else shape
 
 
 WHOLE = Part()
@@ -68,18 +85,27 @@ def part_bytes(tensor: StoredTensor, part: Part) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FileRows:
-    """Rows of a matrix, or of a part of one, as they lie in an open file: plain values in the machine's byte order.
+    """A part of a matrix as it lies in an open file: plain values in the machine's byte order.
 
     Attributes:
         descriptor: Of the file; valid while the checkpoint lives.
-        offset: Of the first value, in bytes.
-        row_bytes: From one row's first value to the next one's.
+        offset: Of the part's first column in the matrix' first row, in bytes.
+        row_bytes: From one row to the next.
+        runs: The part's rows, counted from the matrix' first.
     """
 
     descriptor: int
     dtype: torch.dtype
     offset: int
     row_bytes: int
+    runs: tuple[range, ...]
+
+    @staticmethod
+    def of(tensor: StoredTensor, part: Part, dtype: torch.dtype, descriptor: int, offset: int) -> "FileRows":
+        """Of a matrix that begins at `offset`. No part of its transpose."""
+        first_column = part.columns_of(tensor.shape).start * dtype.itemsize
+        row_bytes = tensor.shape[1] * dtype.itemsize
+        return FileRows(descriptor, dtype, offset + first_column, row_bytes, part.runs_of(tensor.shape))
 
 
 def _within(wanted: range | None, size: int) -> range:
@@ -96,6 +122,7 @@ class Checkpoint(Protocol):
     Attributes:
         files: The files that hold values, in a fixed order.
         tensors: By name, in the order in which reading is fastest.
+        names: How these are named and laid out.
     """
 
     @property
@@ -104,6 +131,8 @@ class Checkpoint(Protocol):
     def files(self) -> tuple[Path, ...]: ...
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...
+    @property
+    def names(self) -> TensorNames: ...
 
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         """Where the part of a matrix lies in its file; None where it does not lie there as plain values."""

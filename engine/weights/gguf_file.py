@@ -22,6 +22,7 @@ from engine.models import FAMILIES, config_from_gguf
 from engine.models.family import GgufTensorFacts
 from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
 from engine.weights.pages import open_to_read, release_pages
+from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 from pdmesh.gguf_header import GgufTensor, read_gguf_header
 
@@ -87,6 +88,7 @@ class GgufFile:
         family = FAMILIES[self._config.architecture].gguf
         assert family is not None
         self._interleaved = family.interleaved
+        self._names = family.names
         layer_names = {**_LAYER_NAMES, **family.layer_names}
         self._by_hf_name = {_hf_name(name, layer_names): tensor for name, tensor in stored.items()}
         self._tensors = {
@@ -106,14 +108,16 @@ class GgufFile:
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
 
+    @property
+    def names(self) -> TensorNames:
+        return self._names
+
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
-        tensor = self._by_hf_name[name]
-        dtype = _PLAIN_DTYPES.get(_encoding(tensor))
-        if dtype is None or len(tensor.shape) != 2 or self._permuted_heads(name):
+        stored = self._tensors[name]
+        dtype = _PLAIN_DTYPES.get(stored.encoding)
+        if dtype is None or len(stored.shape) != 2 or part.transposed or self._permuted_heads(name):
             return None
-        row_bytes = tensor.shape[1] * dtype.itemsize
-        first = part.rows_of(tensor.shape).start * row_bytes + part.columns_of(tensor.shape).start * dtype.itemsize
-        return FileRows(self._descriptor, dtype, tensor.offset + first, row_bytes)
+        return FileRows.of(stored, part, dtype, self._descriptor, self._by_hf_name[name].offset)
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         values = self._values(self._by_hf_name[name], dtype, part, self._permuted_heads(name))

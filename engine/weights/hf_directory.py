@@ -3,7 +3,7 @@
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig
-from engine.models import config_from_hf
+from engine.models import FAMILIES, config_from_hf
 from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
 from engine.weights.pages import open_to_read, release_pages
+from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 
 _CONFIG = "config.json"
@@ -63,18 +64,19 @@ class HfDirectory:
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self._tensors
 
+    @property
+    def names(self) -> TensorNames:
+        return FAMILIES[self._config.architecture].names
+
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         stored = self._tensors[name]
-        if len(stored.shape) != 2 or stored.encoding not in _PLAIN:
+        if len(stored.shape) != 2 or part.transposed or stored.encoding not in _PLAIN:
             return None
         if stored.file not in self._layouts:
             self._layouts[stored.file] = layout = _read_layout(stored.file)
             weakref.finalize(self, os.close, layout.descriptor)
         layout = self._layouts[stored.file]
-        value_bytes = _ENCODING_BYTES[stored.encoding]
-        row_bytes = stored.shape[1] * value_bytes
-        first = part.rows_of(stored.shape).start * row_bytes + part.columns_of(stored.shape).start * value_bytes
-        return FileRows(layout.descriptor, _PLAIN[stored.encoding], layout.offsets[name] + first, row_bytes)
+        return FileRows.of(stored, part, _PLAIN[stored.encoding], layout.descriptor, layout.offsets[name])
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         stored = self._tensors[name]
@@ -86,18 +88,18 @@ class HfDirectory:
                 values.copy_(lazy[...])
                 check_finite(values, stored)
                 return values
-            columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
-            rows, whole = part.rows_of(stored.shape), _bytes_of(lazy[...])
+            whole = _bytes_of(lazy[...])
             row_bytes = stored.num_bytes // max(stored.shape[0], 1)
             rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
-            for first in range(0, len(rows), rows_each):
-                piece = rows[first : first + rows_each]
-                # From views of the mapped file.
-                of_piece = values[first : first + len(piece)]
-                of_piece.copy_(lazy[(slice(piece.start, piece.stop), *columns)])
-                check_finite(of_piece, stored)
-                # The whole: systems map more of a file than is asked for, on both sides of a piece.
-                release_pages(whole)
+            for rows, columns, place in _blocks(part, stored.shape, values):
+                for first in range(0, len(rows), rows_each):
+                    piece = rows[first : first + rows_each]
+                    # From views of the mapped file.
+                    of_piece = place[first : first + len(piece)]
+                    of_piece.copy_(lazy[(slice(piece.start, piece.stop), *columns)])
+                    check_finite(of_piece, stored)
+                    # The whole: systems map more of a file than is asked for, on both sides of a piece.
+                    release_pages(whole)
         except SafetensorError as error:
             raise ConfigError(f"{stored.file}: tensor {name} cannot be read ({error}): get the file anew") from error
         return values
@@ -110,6 +112,21 @@ class HfDirectory:
                     f"{self._directory / _INDEX}: tensor {name} is listed in {shard}, which does not hold it: "
                     "get the index and its shards from the same place"
                 )
+
+
+def _blocks(
+    part: Part, shape: tuple[int, ...], values: torch.Tensor
+) -> Iterator[tuple[range, tuple[slice, ...], torch.Tensor]]:
+    """Of a part: runs of stored rows, the stored columns of each, and where in `values` they belong."""
+    first = 0
+    for run in part.runs_of(shape):
+        place = values[first : first + len(run)]
+        first += len(run)
+        if part.transposed:
+            yield part.columns_of(shape), (slice(run.start, run.stop),), place.t()
+        else:
+            columns = () if part.columns is None else (slice(part.columns.start, part.columns.stop),)
+            yield run, columns, place
 
 
 def _bytes_of(mapped: torch.Tensor) -> npt.NDArray[np.uint8]:

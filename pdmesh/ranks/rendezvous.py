@@ -15,7 +15,6 @@ authentication: the network between the nodes is trusted, as torch.distributed t
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -150,8 +149,11 @@ class Rendezvous:
             ) from error
 
     def _take(self, peer: Peer, message: Message) -> None:
-        if "stop" in message:
-            self._on_stop(message["stop"])
-        else:
-            end = GroupEnd(**message["ended"])
-            peer.end(dataclasses.replace(end, reason=f"{peer.name}: {end.reason}"))
+        """Raises UnavailableError for what no supervisor says."""
+        match message:
+            case {"stop": int(count)}:
+                self._on_stop(count)
+            case {"ended": {"reason": str(reason), "exit_code": int(exit_code), "fatal": bool(fatal)}}:
+                peer.end(GroupEnd(f"{peer.name}: {reason}", exit_code, fatal))
+            case _:
+                raise UnavailableError("it sent what no supervisor sends")

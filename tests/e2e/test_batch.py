@@ -56,6 +56,12 @@ class BatchRun:
                 assert self.process.returncode is None, self.log()
                 await asyncio.sleep(0.005)
 
+    async def until_said(self, words: str) -> None:
+        async with asyncio.timeout(_TIMEOUT_S):
+            while words not in self.log():
+                assert self.process.returncode is None, self.log()
+                await asyncio.sleep(0.005)
+
     async def send(self, number: signal.Signals) -> int:
         os.kill(self.process.pid, number)
         return await self.end()
@@ -125,6 +131,7 @@ async def test_the_mesh_dies_under_it_and_comes_back(tiny_model: Path, tmp_path:
         await run.start()
         await run.until_finished(20)
         await kill(mesh.router)
+        await run.until_said("waiting up to")
         await mesh.router.start()
         await run.until_finished(60)
         await kill(mesh.decodes[0])

@@ -58,17 +58,16 @@ class Requests:
         return await self.mesh.client.generate(tokens=tokens, sampling=sampling, cache_salt=salt, timeout_s=60)
 
     async def started(self) -> list["asyncio.Task[GenerationResult]"]:
-        """All of them at once; returns when some run, which on a busy machine need not be all at the same time."""
-        streams = [asyncio.create_task(self.ask(number)) for number in range(NUM_STREAMS)]
-
-        async def under_way() -> bool:
-            busy = [(await self.mesh.status(worker.name)).num_requests for worker in self.mesh.decodes]
-            return sum(busy) >= 2
-
-        await self.mesh.until(under_way, "streams run")
-        await asyncio.sleep(0.1)
-        assert not all(stream.done() for stream in streams)
-        return streams
+        """All of them, under way at the same time: begun anew where, one ended before another ran."""
+        async with asyncio.timeout(60):
+            while True:
+                streams = [asyncio.create_task(self.ask(number)) for number in range(NUM_STREAMS)]
+                while not any(stream.done() for stream in streams):
+                    busy = [(await self.mesh.status(worker.name)).num_requests for worker in self.mesh.decodes]
+                    if sum(busy) == NUM_STREAMS:
+                        return streams
+                    await asyncio.sleep(0.01)
+                await asyncio.gather(*streams)
 
     async def check(self) -> None:
         results = await asyncio.gather(*(self.ask(number) for number in range(NUM_STREAMS)))

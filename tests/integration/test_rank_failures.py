@@ -224,7 +224,7 @@ class Failing:
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel:
         loaded = load_model(source, dtype, device, on_progress, split, keeps_stored)
-        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "GatedMLP")
+        *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "scores.h"
 
 namespace pdmesh {
 
@@ -117,9 +118,9 @@ class AttentionTile {
 
  public:
   // Attends a tile's rows of one KV head. `queries` and `outputs` are [T, num_heads * head_dim], rows query_bytes and
-  // output_bytes apart; `scale` multiplies the scores. A row sees the last `window` keys up to its own; 0: all of them.
+  // output_bytes apart. A row sees the last `window` keys up to its own; 0: all of them.
   void attend(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, int64_t group, int64_t window,
-              float scale, const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
+              const Scores& rule, const QueryTile& tile, const char* queries, int64_t query_bytes, char* outputs,
               int64_t output_bytes) {
     const Sequence& sequence = *tile.sequence;
     const int64_t head_dim = cache.head_dim, context = sequence.seq_len - sequence.query_len;
@@ -133,16 +134,15 @@ class AttentionTile {
       std::memcpy(queries_ + row * head_dim, queries + place(row, sequence.first_row, query_bytes), head_dim * sizeof(Value));
       // Rows see the keys up to their own.
       visible_[row] = context + (tile.first + row) / group + 1;
+      head_[row] = kv_head * group + (tile.first + row) % group;
       first_visible_[row] = window ? std::max<int64_t>(0, visible_[row] - window) : 0;
       peak_[row] = -INFINITY;
       total_[row] = f32x16{};
     }
     std::fill_n(outputs_, rows * head_dim, 0.0f);
     const int64_t end = visible_[rows - 1];
-    // Softmax in powers of two.
-    scale *= 1.44269504f;
     for (int64_t start = first_visible_[0] / kKeys * kKeys; start < end; start += kKeys)
-      add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, scale);
+      add_keys(cache, layer, kv_head, sequence.block_table, start, std::min<int64_t>(kKeys, end - start), rows, rule);
     for (int row = 0; row < rows; ++row) {
       const float share = 1.0f / horizontal_sum(total_[row]);
       Value* output = reinterpret_cast<Value*>(outputs + place(row, sequence.first_output, output_bytes));
@@ -153,7 +153,7 @@ class AttentionTile {
 
  private:
   void add_keys(const PagedCache<Element>& cache, int64_t layer, int64_t kv_head, const int64_t* block_table,
-                int64_t start, int64_t num_keys, int rows, float scale) {
+                int64_t start, int64_t num_keys, int rows, const Scores& rule) {
     const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
     const Value *keys[kGroups], *values[kGroups];
     for (int g = 0; g < kGroups; ++g) {
@@ -164,7 +164,7 @@ class AttentionTile {
       values[g] = cache.values(block, layer, kv_head) + offset * head_dim;
     }
     for (int row = 0; row < rows; row += kAttentionRows)
-      weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, scale);
+      weigh_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, keys, block_size, start, head_dim, rule);
     for (int row = 0; row < rows; row += kAttentionRows)
       add_rows<kAttentionRows>(std::min(kAttentionRows, rows - row), row, values, num_keys, head_dim);
   }
@@ -172,12 +172,18 @@ class AttentionTile {
   // Softmax weights of 64 keys for `count` rows from `row` on, relative to 2^peak of what was seen so far.
   template <int kRows>
   void weigh_rows(int count, int row, const Value* const (&keys)[kGroups], int64_t block_size, int64_t start,
-                  int64_t head_dim, float scale) {
+                  int64_t head_dim, const Scores& rule) {
     if constexpr (kRows > 1) {
-      if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, scale);
+      if (count < kRows) return weigh_rows<kRows - 1>(count, row, keys, block_size, start, head_dim, rule);
     }
     f32x16 scores[kRows][kGroups];
     multiply_keys<Element, kRows>(queries_ + row * head_dim, head_dim, keys, block_size * Element::kPack, scores);
+    if (!rule.scale_only())
+      for (int i = 0; i < kRows; ++i)
+        for (int g = 0; g < kGroups; ++g)
+          scores[i][g] = rule.of(scores[i][g], head_[row + i], start + 16 * g - (visible_[row + i] - 1));
+    // Softmax in powers of two.
+    const float scale = 1.44269504f * (rule.scale_only() ? rule.scale : 1.0f);
     f32x16 peaks = load<f32x16>(peak_ + row);
     const f32x16 before = peaks;
     for (int i = 0; i < kRows; ++i) {
@@ -240,77 +246,9 @@ class AttentionTile {
   // Read by sixteen.
   float peak_[kTileRows + 16] = {};
   float decay_[kTileRows];
+  int64_t head_[kTileRows];
   // Keys from the first to before the last of these.
   int64_t first_visible_[kTileRows], visible_[kTileRows];
-};
-
-// Where the sums of the product that makes q, k and v go. A panel of q or k holds 16 dimensions of one head's first half
-// beside the 16 that they turn with, half a head further (GPT-NeoX's order, that of Hugging Face's Llama); the last
-// panel of a head may be filled up with zeros. Where but the first dimensions of a head turn, panels of those come first;
-// what is left is halved likewise. Behind them, panels of v hold its dimensions as they come.
-template <class Element>
-struct Projection {
-  using Value = typename Element::Value;
-  static constexpr int kPack = Element::kPack;
-
-  PagedCache<Element> cache;
-  int64_t layer, num_heads;
-  int64_t num_turned;  // pairs of a head's dimensions: half of it, or a multiple of 16
-  const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
-  const float* sines;
-
-  // One row's two vectors of a panel. `queries` [num_heads * head_dim] is the row's.
-  void store_sums(int64_t panel, int64_t position, int64_t slot, f32x16 left, f32x16 right, Value* queries) const {
-    const int64_t half = cache.head_dim / 2, panels_of_head = (half + 15) / 16;
-    const int64_t head = panel / panels_of_head, first = panel % panels_of_head * 16;
-    if (head >= num_heads + cache.num_kv_heads) {
-      const int64_t column = (panel - (num_heads + cache.num_kv_heads) * panels_of_head) * kPanel;
-      store_value(column, slot, left);
-      store_value(column + 16, slot, right);
-      return;
-    }
-    const f32x16 cosine = load<f32x16>(cosines + position * half + first);
-    const f32x16 sine = load<f32x16>(sines + position * half + first);
-    const f32x16 turned_left = left * cosine - right * sine, turned_right = right * cosine + left * sine;
-    const int64_t count = std::min<int64_t>(16, half - first);
-    const int64_t at_left = first < num_turned ? first : num_turned + first;
-    const int64_t at_right = first < num_turned ? num_turned + first : half + first;
-    if (head < num_heads) {
-      store_query(queries + head * cache.head_dim + at_left, turned_left, count);
-      store_query(queries + head * cache.head_dim + at_right, turned_right, count);
-    } else {
-      store_key(head - num_heads, at_left, slot, turned_left, count);
-      store_key(head - num_heads, at_right, slot, turned_right, count);
-    }
-  }
-
- private:
-  void store_query(Value* to, f32x16 values, int64_t count) const {
-    if (count == 16) return Element::narrow(to, values);
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    std::copy_n(narrowed, count, to);
-  }
-
-  // `count` dimensions from `first` on of a key.
-  void store_key(int64_t head, int64_t first, int64_t slot, f32x16 values, int64_t count) const {
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    Value* to = cache.keys(slot / cache.block_size, layer, head) +
-                (first / kPack * cache.block_size + slot % cache.block_size) * kPack;
-    for (int64_t i = 0; i < count; i += kPack, to += cache.block_size * kPack) std::copy_n(narrowed + i, kPack, to);
-  }
-
-  // 16 dimensions of a value; `column` counts those of all heads.
-  void store_value(int64_t column, int64_t slot, f32x16 values) const {
-    const int64_t head = column / cache.head_dim, offset = slot % cache.block_size;
-    if (head >= cache.num_kv_heads) return;
-    Value narrowed[16];
-    Element::narrow(narrowed, values);
-    Value* to = cache.values(slot / cache.block_size, layer, head) +
-                (offset / kPack * cache.head_dim + column % cache.head_dim) * kPack + offset % kPack;
-    for (int64_t i = 0; i < 16; ++i) to[i * kPack] = narrowed[i];
-  }
 };
 
 }  // namespace pdmesh

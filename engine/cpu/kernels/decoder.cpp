@@ -1,63 +1,17 @@
 // A step of a decoder: a list of operations over the step's rows, run by one team of threads from the first to the last.
 //
 // Residuals and sums are float32; what a product reads (normed rows, attention's output, activations)
-// and K and V are the weights' type. The C interface is mirrored in engine/cpu/library.py.
+// and K and V are the weights' type.
 
 #include <limits>
 
 #include "attention.h"
-#include "group.h"
 #include "matrix.h"
+#include "mixture.h"
+#include "norms.h"
+#include "operation.h"
 
 namespace pdmesh {
-
-enum class Kind : int32_t { kEmbed, kNormalize, kProject, kAttend, kSelect, kReduce, kNormalizeHeads };
-
-// What becomes of a product's sums; kRotate makes queries, and stores keys and values.
-enum class Finish : int32_t { kStore, kAdd, kSiluMultiply, kRotate };
-
-// Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
-enum class Rows : int32_t { kTokens, kOutputs };
-
-struct Operation {
-  Kind kind;
-  Finish finish;
-  Rows rows;
-  int32_t layer;
-  float epsilon;
-  const char* input;
-  int64_t input_bytes;  // from one row to the next
-  char* output;
-  int64_t output_bytes;
-  const void* weight;  // a packed matrix, or a norm's scale in float32
-  const float* bias;   // of a product: padded to whole panels
-  int64_t n, k;
-  int64_t window;      // of attention: how many keys a token sees, its own among them; 0: all up to its own
-  int64_t first;       // of an embedding: the token of its first row; of a sum: which of the run's it is, from 0
-  int64_t rank_bytes;  // of a sum: from one rank's rows to the next one's
-};
-
-struct Decoder {
-  void* cache;  // of block 0, the first KV head and the first layer
-  int64_t num_heads, num_kv_heads, head_dim, block_size;
-  int64_t num_turned;  // pairs of a head's dimensions that turn
-  int64_t block_stride, head_stride, layer_stride;  // of the cache, in values
-  const float* cosines;  // [positions, head_dim / 2], and 16 values beyond
-  const float* sines;
-  float score_scale;
-  Group* group;  // whose sums a kReduce takes; null: this rank's own rows are whole already
-};
-
-struct Step {
-  int64_t num_tokens, num_sequences, max_blocks;
-  const int64_t* token_ids;  // [T]
-  const int64_t* positions;  // [T]
-  const int64_t* slots;      // [T]
-  const int64_t* query_lens;    // [B]
-  const int64_t* seq_lens;      // [B]
-  const int64_t* output_lens;   // [B]: how many of each sequence's last tokens are wanted
-  const int64_t* block_tables;  // [B, max_blocks]
-};
 
 template <class Element>
 class StepRun {
@@ -97,7 +51,8 @@ class StepRun {
     switch (operation.kind) {
       case Kind::kEmbed:
         return embed(team, operation);
-      case Kind::kNormalize:
+      case Kind::kRmsNorm:
+      case Kind::kLayerNorm:
         return normalize(team, operation);
       case Kind::kProject:
         return project(team, operation);
@@ -109,10 +64,32 @@ class StepRun {
         return reduce(team, operation, index);
       case Kind::kNormalizeHeads:
         return normalize_heads(team, operation);
+      case Kind::kNarrow:
+        return narrow(team, operation);
+      case Kind::kAddPositions:
+        return add_positions(team, operation);
+      case Kind::kRoute:
+        return route(team, operation);
+      case Kind::kGather:
+        return gather(team, operation);
+      case Kind::kProjectExperts:
+        return project_experts(team, operation);
+      case Kind::kCombineExperts:
+        return combine_experts(team, operation);
+      case Kind::kCap:
+        return cap(team, operation);
     }
   }
 
   static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
+
+  template <class T>
+  static T* output_row(const Operation& op, int64_t row) {
+    return reinterpret_cast<T*>(op.output + row * op.output_bytes);
+  }
+  static const float* input_row(const Operation& op, int64_t row) {
+    return reinterpret_cast<const float*>(op.input + row * op.input_bytes);
+  }
 
   int64_t num_rows(const Operation& op) const {
     return op.rows == Rows::kTokens ? step_.num_tokens : int64_t(output_rows_.size());
@@ -122,76 +99,105 @@ class StepRun {
   void embed(Team& team, const Operation& op) const {
     const PackedMatrix<Element> table = matrix(op);
     team.for_each(step_.num_tokens, [&](int64_t row) {
-      float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes);
+      float* output = output_row<float>(op, row);
       const int64_t token = step_.token_ids[row] - op.first;
       // Of other ranks' tokens, nothing.
       const bool ours = token >= 0 && token < op.n;
-      for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? Element::widen_one(table.at(token, i)) : 0.0f;
+      for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? Element::widen_one(table.at(token, i)) * op.scale : 0.0f;
     });
   }
 
-  // Root mean square norm (arXiv:1910.07467).
+  // Of a table [positions, k], padded to whole vectors, each token's row on top of what is there.
+  void add_positions(Team& team, const Operation& op) const {
+    team.for_each(step_.num_tokens, [&](int64_t row) {
+      const Value* position = static_cast<const Value*>(op.weight) + (step_.positions[row] + op.first) * op.k;
+      float* output = output_row<float>(op, row);
+      for (int64_t i = 0; i < op.k; i += 16) store(output + i, load<f32x16>(output + i) + Element::widen(position + i));
+    });
+  }
+
   void normalize(Team& team, const Operation& op) const {
-    const float* scale = static_cast<const float*>(op.weight);
-    team.for_each(num_rows(op), [&](int64_t row) {
-      const float* input = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
-      Value* output = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
-      f32x16 squares = {};
-      for (int64_t i = 0; i < op.n; i += 16) {
-        const f32x16 values = load<f32x16>(input + i);
-        squares = fused_multiply_add(values, values, squares);
-      }
-      const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(op.n) + op.epsilon);
-      for (int64_t i = 0; i < op.n; i += 16)
-        Element::narrow(output + i, load<f32x16>(input + i) * factor * load<f32x16>(scale + i));
+    const Norm norm{static_cast<const float*>(op.weight), op.bias, op.epsilon, op.n};
+    auto each_row = [&](const auto& of_row) {
+      team.for_each(num_rows(op), [&](int64_t row) {
+        auto store_results = of_row(row);
+        if (op.kind == Kind::kRmsNorm)
+          rms_norm(norm, input_row(op, row), store_results);
+        else
+          layer_norm(norm, input_row(op, row), store_results);
+      });
+    };
+    if (op.finish == Finish::kNarrow)
+      return each_row([&](int64_t row) {
+        return [output = output_row<Value>(op, row)](int64_t i, f32x16 values) { Element::narrow(output + i, values); };
+      });
+    each_row([&](int64_t row) {
+      return [output = output_row<float>(op, row), adds = op.finish == Finish::kAdd](int64_t i, f32x16 values) {
+        store(output + i, adds ? load<f32x16>(output + i) + values : values);
+      };
     });
   }
 
-  void project(Team& team, const Operation& op) const {
+  // Rows of n float32 values, as products read them.
+  void narrow(Team& team, const Operation& op) const {
+    team.for_each(num_rows(op), [&](int64_t row) {
+      for (int64_t i = 0; i < op.n; i += 16)
+        Element::narrow(output_row<Value>(op, row) + i, load<f32x16>(input_row(op, row) + i));
+    });
+  }
+
+  // Calls body(finish) with what `multiply` is to do with the operation's sums.
+  template <class Body>
+  void with_finish(const Operation& op, const Body& body) const {
     auto biased = [&op](int64_t panel, int vector, f32x16 sum) {
       return sum + load<f32x16>(op.bias + panel * kPanel + 16 * vector);
     };
-    auto multiplied = [&](const auto& finish) {
-      multiply<Element>(team, matrix(op), op.input, op.input_bytes, num_rows(op), finish);
-    };
     switch (op.finish) {
       case Finish::kStore:
-        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
-          float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes) + panel * kPanel;
+        return body([&](int64_t row, int64_t panel, const f32x16* sums) {
+          float* output = output_row<float>(op, row) + panel * kPanel;
           for (int j = 0; j < kVectors; ++j) store(output + 16 * j, biased(panel, j, sums[j]));
         });
       case Finish::kAdd:
-        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
-          float* output = reinterpret_cast<float*>(op.output + row * op.output_bytes) + panel * kPanel;
+        return body([&](int64_t row, int64_t panel, const f32x16* sums) {
+          float* output = output_row<float>(op, row) + panel * kPanel;
           for (int j = 0; j < kVectors; ++j)
             store(output + 16 * j, load<f32x16>(output + 16 * j) + biased(panel, j, sums[j]));
         });
-      case Finish::kSiluMultiply:
-        // A panel holds 16 columns of the gate beside the same 16 of the other factor.
-        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
-          const f32x16 gate = biased(panel, 0, sums[0]);
-          // Above 80 the exponential is only larger than float32 needs here, and further up would overflow.
-          const f32x16 negative = gate < splat(-80.0f) ? splat(80.0f) : -gate;
-          const f32x16 silu = gate / (exponential(negative) + 1.0f);
-          Element::narrow(reinterpret_cast<Value*>(op.output + row * op.output_bytes) + panel * 16,
-                          silu * biased(panel, 1, sums[1]));
+      case Finish::kNarrow:
+      case Finish::kActivate:
+        return body([&](int64_t row, int64_t panel, const f32x16* sums) {
+          Value* output = output_row<Value>(op, row) + panel * kPanel;
+          for (int j = 0; j < kVectors; ++j)
+            Element::narrow(output + 16 * j, activate(op.activation, biased(panel, j, sums[j])));
         });
-      case Finish::kRotate: {
+      case Finish::kActivateMultiply:
+        // A panel holds 16 columns of the gate beside the same 16 of the other factor.
+        return body([&](int64_t row, int64_t panel, const f32x16* sums) {
+          Element::narrow(output_row<Value>(op, row) + panel * 16,
+                          activate(op.activation, biased(panel, 0, sums[0])) * biased(panel, 1, sums[1]));
+        });
+      case Finish::kProjectHeads: {
         const Projection<Element> projection = this->projection(op);
-        return multiplied([&](int64_t row, int64_t panel, const f32x16* sums) {
+        return body([&](int64_t row, int64_t panel, const f32x16* sums) {
           projection.store_sums(panel, step_.positions[row], step_.slots[row], biased(panel, 0, sums[0]),
-                                biased(panel, 1, sums[1]),
-                                reinterpret_cast<Value*>(op.output + row * op.output_bytes));
+                                biased(panel, 1, sums[1]), output_row<Value>(op, row));
         });
       }
     }
   }
 
-  Projection<Element> projection(const Operation& op) const {
-    return {cache_, op.layer, decoder_.num_heads, decoder_.num_turned, decoder_.cosines, decoder_.sines};
+  void project(Team& team, const Operation& op) const {
+    with_finish(op, [&](const auto& finish) {
+      multiply<Element>(team, matrix(op), op.input, op.input_bytes, num_rows(op), finish);
+    });
   }
 
-  // Of the n sums that make q, k and v: each head of q and k to unit root mean square, scaled, and then what kRotate
+  Projection<Element> projection(const Operation& op) const {
+    return {cache_, op.layer, decoder_.num_heads, *op.rotation};
+  }
+
+  // Of the n sums that make q, k and v: each head of q and k to unit root mean square, scaled, and then what kProjectHeads
   // does. The scales of q's heads and behind them those of k's lie as a head's panels do.
   void normalize_heads(Team& team, const Operation& op) const {
     const Projection<Element> projection = this->projection(op);
@@ -227,7 +233,7 @@ class StepRun {
     const std::vector<QueryTile>& tiles = op.rows == Rows::kTokens ? tiles_ : wanted_tiles_;
     const int64_t num_tiles = int64_t(tiles.size());
     team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
-      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, op.window, decoder_.score_scale,
+      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, op.window, op.scores,
                      tiles[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
     });
   }
@@ -237,6 +243,52 @@ class StepRun {
     team.for_each(num_rows(op), [&](int64_t row) {
       std::memcpy(op.output + row * op.output_bytes, op.input + output_rows_[row] * op.input_bytes,
                   op.k * sizeof(float));
+    });
+  }
+
+  // Chooses k of n experts for each row, by its n logits.
+  void route(Team& team, const Operation& op) {
+    team.for_each(1, [&](int64_t) { routing_.begin(num_rows(op), op.n, op.k); });
+    team.for_each(num_rows(op),
+                  [&](int64_t row) { routing_.choose(row, input_row(op, row), op.whole_shares); });
+    team.for_each(1, [&](int64_t) { routing_.group(); });
+  }
+
+  // Copies rows of n values to where the routing has them.
+  void gather(Team& team, const Operation& op) const {
+    team.for_each(routing_.num_places(), [&](int64_t place) {
+      std::memcpy(op.output + place * op.output_bytes, op.input + routing_.source(place) * op.input_bytes,
+                  op.n * sizeof(Value));
+    });
+  }
+
+  // As project, of gathered rows, each with its expert's matrix.
+  void project_experts(Team& team, const Operation& op) const {
+    with_finish(op, [&](const auto& finish) {
+      multiply_experts<Element>(team, matrix(op), op.num_experts, routing_, op.input, op.input_bytes, finish);
+    });
+  }
+
+  // Of each row, the weighted sum of its experts' n float32 values, in place of the output or on top of it.
+  void combine_experts(Team& team, const Operation& op) {
+    team.for_each(num_rows(op), [&](int64_t row) {
+      float* output = output_row<float>(op, row);
+      const Routing::Choice* choices = routing_.choices_of(row);
+      for (int64_t i = 0; i < op.n; i += 16) {
+        f32x16 sum = {};
+        for (int64_t choice = 0; choice < routing_.num_chosen(); ++choice)
+          sum = sum + load<f32x16>(input_row(op, choices[choice].place) + i) * choices[choice].weight;
+        store(output + i, op.finish == Finish::kAdd ? load<f32x16>(output + i) + sum : sum);
+      }
+    });
+  }
+
+  // In place: cap * tanh(value / cap) of n float32 values.
+  void cap(Team& team, const Operation& op) const {
+    team.for_each(num_rows(op), [&](int64_t row) {
+      float* values = output_row<float>(op, row);
+      for (int64_t i = 0; i < op.n; i += 16)
+        store(values + i, hyperbolic_tangent(load<f32x16>(values + i) * (1.0f / op.scale)) * op.scale);
     });
   }
 
@@ -270,6 +322,7 @@ class StepRun {
   std::vector<Sequence> sequences_, wanted_;
   std::vector<QueryTile> tiles_, wanted_tiles_;
   std::vector<int64_t> output_rows_;
+  Routing routing_;
   // The operation after which the rest is left out; written by the first thread before it meets the others there.
   std::atomic<int64_t> last_{std::numeric_limits<int64_t>::max()};
 };

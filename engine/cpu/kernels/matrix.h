@@ -64,19 +64,33 @@ inline void multiply_tile(const void* rows, int64_t row_bytes, const typename El
   }
 }
 
-// Rows [first, first + count) times one panel; finish(row, panel index, sums of the row) for each.
+// Rows [first, first + count) times one panel; finish(row, index, sums of the row) for each.
 template <class Element, int kRows = kMaxRows, class Finish>
 inline void multiply_rows(int count, const void* rows, int64_t row_bytes, const typename Element::Value* panel,
-                          int64_t num_steps, int64_t first, const Finish& finish) {
+                          int64_t num_steps, int64_t first, int64_t index, const Finish& finish) {
   if constexpr (kRows > 1) {
     if (count < kRows) {
-      multiply_rows<Element, kRows - 1>(count, rows, row_bytes, panel, num_steps, first, finish);
+      multiply_rows<Element, kRows - 1>(count, rows, row_bytes, panel, num_steps, first, index, finish);
       return;
     }
   }
   f32x16 sums[kRows][kVectors];
   multiply_tile<Element, kRows>(rows, row_bytes, panel, num_steps, sums);
-  for (int i = 0; i < kRows; ++i) finish(first + i, sums[i]);
+  for (int i = 0; i < kRows; ++i) finish(first + i, index, sums[i]);
+}
+
+// Rows [first, end) of `rows` times one of a matrix' panels, which `finish` knows as `index`.
+template <class Element, class Finish>
+inline void multiply_panel(const PackedMatrix<Element>& matrix, int64_t panel, const void* rows, int64_t row_bytes,
+                           int64_t first, int64_t end, int64_t index, const Finish& finish) {
+  const int64_t num_tiles = (end - first + kMaxRows - 1) / kMaxRows;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    // Of even size: a last tile of one row would cost almost as much as a full one.
+    const int64_t begin = first + (end - first) * tile / num_tiles;
+    const int64_t count = first + (end - first) * (tile + 1) / num_tiles - begin;
+    multiply_rows<Element>(int(count), static_cast<const char*>(rows) + begin * row_bytes, row_bytes,
+                           matrix.panel(panel), matrix.num_steps(), begin, index, finish);
+  }
 }
 
 // Of many rows each thread multiplies its own with all panels, which it then finds in its caches; of few, all threads
@@ -91,20 +105,12 @@ inline int64_t num_row_blocks(int64_t num_rows, int64_t row_bytes, int num_threa
 template <class Element, class Finish>
 void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
               const Finish& finish) {
-  const int64_t num_panels = matrix.num_panels(), num_steps = matrix.num_steps();
+  const int64_t num_panels = matrix.num_panels();
   const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
   team.for_each(num_blocks * num_panels, [&](int64_t item) {
     const int64_t block = item / num_panels, index = item % num_panels;
-    const int64_t block_first = num_rows * block / num_blocks, block_end = num_rows * (block + 1) / num_blocks;
-    const int64_t num_tiles = (block_end - block_first + kMaxRows - 1) / kMaxRows;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      // Of even size: a last tile of one row would cost almost as much as a full one.
-      const int64_t first = block_first + (block_end - block_first) * tile / num_tiles;
-      const int64_t end = block_first + (block_end - block_first) * (tile + 1) / num_tiles;
-      multiply_rows<Element>(int(end - first), static_cast<const char*>(rows) + first * row_bytes, row_bytes,
-                             matrix.panel(index), num_steps, first,
-                             [&](int64_t row, const f32x16* sums) { finish(row, index, sums); });
-    }
+    const int64_t first = num_rows * block / num_blocks, end = num_rows * (block + 1) / num_blocks;
+    multiply_panel<Element>(matrix, index, rows, row_bytes, first, end, index, finish);
   });
 }
 

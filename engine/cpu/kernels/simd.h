@@ -102,6 +102,23 @@ inline f32x16 power_of_two(f32x16 x) {
   return times_power_of_two(p, n);
 }
 
+// tanh x within 2 units in the last place or so. NaN stays NaN.
+inline f32x16 hyperbolic_tangent(f32x16 x) {
+  const f32x16 size = as_float(as_bits(x) & 0x7fffffffu);
+  // Near 0 the difference below would leave few digits: coefficients of the Cephes library.
+  const f32x16 z = x * x;
+  f32x16 p = splat(-5.70498872745e-3f);
+  p = fused_multiply_add(p, z, splat(2.06390887954e-2f));
+  p = fused_multiply_add(p, z, splat(-5.37397155531e-2f));
+  p = fused_multiply_add(p, z, splat(1.33314422036e-1f));
+  p = fused_multiply_add(p, z, splat(-3.33332819422e-1f));
+  const f32x16 near = fused_multiply_add(p * z, x, x);
+  // From 10 on it is 1 in float32.
+  const f32x16 capped = size > 10.0f ? splat(10.0f) : size;
+  const f32x16 far = 1.0f - 2.0f / (exponential(capped + capped) + 1.0f);
+  return size < 0.625f ? near : x != x ? x : x < 0.0f ? -far : far;
+}
+
 // The two types that weights, activations and KV come in. Of both, four bytes hold what one multiply-add takes of a
 // row (one float, or a pair of bfloat16), and a vector of 64 bytes the same of 16 columns.
 struct Float32 {

@@ -6,8 +6,8 @@ import torch
 
 from bench.engine.checkpoints import prepare, write_gguf
 from bench.engine.random_llama import TINY, write_random_llama
+from engine.decoder_config import DecoderLayers
 from engine.loader import load_model
-from engine.models.gated_config import GatedLayers
 from engine.rope import LinearScaling
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -53,7 +53,7 @@ def test_what_is_prepared_stays(tmp_path: Path) -> None:
 
 def test_scaled_rotary_embeddings_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(make_tiny_model(tmp_path, "rope_linear")))
-    assert isinstance(GatedLayers.of(checkpoint.config).rope.scaling, LinearScaling)
+    assert isinstance(DecoderLayers.of(checkpoint.config).rope.scaling, LinearScaling)
     with pytest.raises(ConfigError, match="leave llamacpp out"):
         write_gguf(checkpoint, "bfloat16", tmp_path / "model.gguf")
 

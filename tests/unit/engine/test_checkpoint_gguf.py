@@ -13,9 +13,9 @@ import torch
 from gguf import GGMLQuantizationType as Encoding
 from transformers import LlamaForCausalLM
 
+from engine.decoder_config import DecoderLayers, NormConfig
 from engine.loader import LoadedModel, load_model
 from engine.model_config import ModelConfig
-from engine.models.gated_config import GatedLayers
 from engine.rope import YarnScaling
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -134,9 +134,11 @@ def test_config_equals_that_of_the_directory(tiny_llama: Callable[[str], Path], 
     from_gguf = config_of(Writer(tiny_llama(shape)).write(tmp_path / f"tiny-{shape}.gguf"))
     from_hf = config_of(tiny_llama(shape))
     # GGUF keeps it in float32.
-    eps = GatedLayers.of(from_gguf).rms_norm_eps
-    assert eps == pytest.approx(GatedLayers.of(from_hf).rms_norm_eps)
-    exact = replace(from_hf, name=from_gguf.name, layers=replace(GatedLayers.of(from_hf), rms_norm_eps=eps))
+    eps = DecoderLayers.of(from_gguf).norm.eps
+    assert eps == pytest.approx(DecoderLayers.of(from_hf).norm.eps)
+    exact = replace(
+        from_hf, name=from_gguf.name, layers=replace(DecoderLayers.of(from_hf), norm=NormConfig("rms", eps))
+    )
     assert from_gguf == exact
 
 
@@ -163,7 +165,7 @@ def test_rope_scaling(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": 64,
     }
-    scaling = GatedLayers.of(config_of(writer.write(tmp_path / "tiny.gguf"))).rope.scaling
+    scaling = DecoderLayers.of(config_of(writer.write(tmp_path / "tiny.gguf"))).rope.scaling
     assert isinstance(scaling, YarnScaling)
     assert (scaling.factor, scaling.original_max_position) == (4.0, 64)
 
@@ -173,13 +175,16 @@ def test_rope_freqs_tensor(tiny_llama: Callable[[str], Path], tmp_path: Path) ->
     directory = tiny_llama("rope-llama3")
     original = load(directory)
     writer = Writer(directory)
-    plain = load(tiny_llama("gqa")).model.get_buffer("model.inv_freq")
-    factors = (plain / original.model.get_buffer("model.inv_freq")).numpy()
+    plain = load(tiny_llama("gqa")).model.get_buffer("model.rotary_tables.0.inv_freq")
+    factors = (plain / original.model.get_buffer("model.rotary_tables.0.inv_freq")).numpy()
     writer.tensors["rope_freqs.weight"] = factors
     converted = load(writer.write(tmp_path / "tiny.gguf"))
-    assert GatedLayers.of(converted.config).rope.freq_factors == tuple(factors.tolist())
+    assert DecoderLayers.of(converted.config).rope.freq_factors == tuple(factors.tolist())
     torch.testing.assert_close(
-        converted.model.get_buffer("model.inv_freq"), original.model.get_buffer("model.inv_freq"), rtol=1e-6, atol=0
+        converted.model.get_buffer("model.rotary_tables.0.inv_freq"),
+        original.model.get_buffer("model.rotary_tables.0.inv_freq"),
+        rtol=1e-6,
+        atol=0,
     )
     writer.tensors["rope_freqs.weight"] = factors[:-1]
     assert refusal(writer.write(tmp_path / "short.gguf")).endswith("rope_freqs.weight has 7 values: must be 8")

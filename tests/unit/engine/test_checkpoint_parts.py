@@ -47,6 +47,14 @@ PARTS = [
     Part(rows=range(5, 5)),
     Part(columns=range(9, 9)),
 ]
+# What only safetensors hold so: heads' rows apart from each other, and matrices with inputs before outputs.
+LAID_OUT = [
+    Part(rows=(range(3, 5), range(700, 1201), range(0, 1))),
+    Part(rows=(range(9, 11), range(30, 31)), columns=range(100, 331)),
+    Part(transposed=True),
+    Part(rows=range(500, 512), columns=range(7, 1190), transposed=True),
+    Part(rows=(range(30, 41), range(3, 4)), transposed=True),
+]
 
 
 def write_safetensors(directory: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
@@ -88,8 +96,10 @@ def encoded(shape: tuple[int, ...], encoding: Encoding) -> np.ndarray:
 
 
 def of_whole(whole: torch.Tensor, part: Part) -> torch.Tensor:
+    whole = whole.t() if part.transposed else whole
     if part.rows is not None:
-        whole = whole[part.rows.start : part.rows.stop]
+        runs = part.rows if isinstance(part.rows, tuple) else (part.rows,)
+        whole = torch.cat([whole[run.start : run.stop] for run in runs])
     return whole if part.columns is None else whole[:, part.columns.start : part.columns.stop]
 
 
@@ -127,6 +137,15 @@ def test_every_encoding(stored: tuple[Checkpoint, dict[str, torch.Tensor]]) -> N
     assert_parts_are_of_whole(checkpoint, MATRIX, wholes[MATRIX], PARTS)
     vector_parts = [WHOLE, *(Part(rows=rows) for rows in (range(256), range(17, 511), range(40, 40)))]
     assert_parts_are_of_whole(checkpoint, VECTOR, wholes[VECTOR], vector_parts)
+
+
+@pytest.mark.parametrize("encoding", DTYPES)
+def test_layouts_of_safetensors(tmp_path: Path, encoding: str) -> None:
+    torch.manual_seed(0)
+    tensors = {tensor: torch.randn(shape).to(DTYPES[encoding]) for tensor, shape in SHAPES.items()}
+    checkpoint = write_safetensors(tmp_path / "hf", tensors)
+    assert_parts_are_of_whole(checkpoint, MATRIX, tensors[MATRIX], LAID_OUT)
+    assert_parts_are_of_whole(checkpoint, VECTOR, tensors[VECTOR], [Part(rows=(range(9, 11), range(2, 3)))])
 
 
 def test_the_whole_is_its_parts_together(stored: tuple[Checkpoint, dict[str, torch.Tensor]]) -> None:

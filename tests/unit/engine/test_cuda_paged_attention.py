@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.attention import AttentionPlan
+from engine.attention import AttentionPlan, Scores
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.model_config import LayersConfig, ModelConfig
@@ -132,10 +132,12 @@ class Ragged:
             tiles=torch.from_numpy(work.tiles).to(DEVICE),
         )
         q, k, v = (part[rows] if sequences else part for part in (self.q, self.k, self.v))
-        return TritonAttention(paged, step).attend(LAYER, q, k, v)
+        return TritonAttention(paged, step).attend(LAYER, q, k, v, Scores(q.shape[2] ** -0.5))
 
     def expected(self) -> torch.Tensor:
-        return AttentionPlan(self.batch, self.cache).attend(LAYER, self.q, self.k, self.v)
+        return AttentionPlan(self.batch, self.cache).attend(
+            LAYER, self.q, self.k, self.v, Scores(self.q.shape[2] ** -0.5)
+        )
 
 
 # Chunks and decodes side by side; odd lengths; a prompt's first tokens; ends on a block's edge, a tile's, a span's.

@@ -6,9 +6,9 @@ import pytest
 import transformers
 
 from engine.config_fields import Fields
+from engine.decoder_config import DecoderLayers
 from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_hf
-from engine.models.gated_config import GatedLayers
 from engine.rope import LongRopeScaling
 from pdmesh.errors import ConfigError
 
@@ -32,23 +32,22 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     family = architecture.removesuffix("ForCausalLM")
     reference: Any = getattr(transformers, f"{family}Config")(**SIZES)
     config = read(family)
-    layers = GatedLayers.of(config)
+    layers = DecoderLayers.of(config)
     assert config.num_kv_heads == (reference.num_key_value_heads or reference.num_attention_heads)
     assert config.head_dim == getattr(reference, "head_dim", 4096 // 32)
     assert config.max_position == reference.max_position_embeddings
     assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert layers.rms_norm_eps == reference.rms_norm_eps
+    assert layers.norm.eps == reference.rms_norm_eps
     assert layers.rope.theta == reference.rope_parameters["rope_theta"]
     window = getattr(reference, "sliding_window", None)
     assert config.windows == ((window,) * 4 if window else ())
 
 
 def test_what_tells_the_families_apart() -> None:
-    assert GatedLayers.of(read("Qwen2")).qkv_bias
-    assert not GatedLayers.of(read("Qwen2")).output_bias
-    assert GatedLayers.of(read("Qwen3")).qk_norm
-    assert GatedLayers.of(read("Phi3")).fused
-    partial = GatedLayers.of(read("Phi3", partial_rotary_factor=0.75))
+    assert DecoderLayers.of(read("Qwen2")).attention.qkv_bias
+    assert not DecoderLayers.of(read("Qwen2")).attention.output_bias
+    assert DecoderLayers.of(read("Qwen3")).attention.qk_norm
+    partial = DecoderLayers.of(read("Phi3", partial_rotary_factor=0.75))
     assert partial.rope.rotary_dim(128) == 96
 
 
@@ -67,7 +66,7 @@ def test_windows() -> None:
 def test_longrope_serves_the_trained_length() -> None:
     config = read("Phi3", max_position_embeddings=131072, rope_scaling=LONGROPE)
     assert config.max_position == 4096
-    scaling = GatedLayers.of(config).rope.scaling
+    scaling = DecoderLayers.of(config).rope.scaling
     assert isinstance(scaling, LongRopeScaling)
     assert scaling.factors == (1.5,) * 64
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.decoder_config import DecoderLayers, NormConfig
 from engine.loader import Split, load_model
-from engine.models.gated_config import GatedLayers
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
 from tests.texts import load
@@ -27,7 +27,7 @@ def write_gguf(
 ) -> Path:
     """The model of `SHAPES[shape]` that lies in `directory`, and more tensors, in float32."""
     checkpoint = open_checkpoint(str(directory))
-    config, layers = checkpoint.config, GatedLayers.of(checkpoint.config)
+    config, layers = checkpoint.config, DecoderLayers.of(checkpoint.config)
     architecture = ARCHITECTURES[SHAPES[shape].family]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_tokenizer_model("none")
@@ -45,7 +45,7 @@ def write_gguf(
         writer.add_rope_dimension_count(layers.rope.rotary_dim(config.head_dim))
         writer.add_sliding_window(config.window(0) or 0)
     writer.add_rope_freq_base(layers.rope.theta)
-    writer.add_layer_norm_rms_eps(layers.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(layers.norm.eps)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
@@ -66,8 +66,8 @@ def test_a_file_holds_the_same_model(tmp_path: Path, shape: str) -> None:
     directory = make_tiny_family(tmp_path / "hf", shape)
     expected, loaded = load(directory), load(write_gguf(directory, shape, tmp_path / "tiny.gguf"))
     # GGUF keeps it in float32.
-    eps = float(np.float32(GatedLayers.of(expected.config).rms_norm_eps))
-    layers = replace(GatedLayers.of(expected.config), rms_norm_eps=eps)
+    eps = float(np.float32(DecoderLayers.of(expected.config).norm.eps))
+    layers = replace(DecoderLayers.of(expected.config), norm=NormConfig("rms", eps))
     assert loaded.config == replace(expected.config, name="tiny", layers=layers)
     parameters = dict(loaded.model.named_parameters())
     for name, values in expected.model.named_parameters():

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from engine.kv_cache import PLAIN, KVLayout
-from engine.models.layers import RMSNorm
+from engine.models.norms import RMSNorm
 from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
 
 SHAPES = ["gqa", "mha", "mqa-tied", "wide-heads", "biases", "rope-linear", "rope-llama3", "rope-yarn"]

@@ -4,9 +4,9 @@ import pytest
 from transformers import LlamaConfig
 
 from engine.config_fields import Fields
+from engine.decoder_config import DecoderLayers, NormConfig, turns_by
 from engine.model_config import ModelConfig
 from engine.models import config_from_hf
-from engine.models.gated_config import GatedLayers
 from engine.rope import RopeConfig
 from pdmesh.errors import ConfigError
 
@@ -51,7 +51,7 @@ def test_a_real_config() -> None:
         tie_word_embeddings=False,
         eos_token_ids=(2,),
         bos_token_id=1,
-        layers=GatedLayers(rms_norm_eps=1e-5, rope=RopeConfig(10000.0)),
+        layers=DecoderLayers(NormConfig("rms", 1e-5), turns_by(RopeConfig(10000.0))),
     )
 
 
@@ -69,9 +69,9 @@ def test_defaults_are_those_of_transformers() -> None:
     assert config.num_kv_heads == reference.num_key_value_heads
     assert config.head_dim == reference.head_dim
     assert config.max_position == reference.max_position_embeddings
-    assert GatedLayers.of(config).rms_norm_eps == reference.rms_norm_eps
+    assert DecoderLayers.of(config).norm.eps == reference.rms_norm_eps
     assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert GatedLayers.of(config).rope.theta == reference.rope_parameters["rope_theta"]
+    assert DecoderLayers.of(config).rope.theta == reference.rope_parameters["rope_theta"]
 
 
 @pytest.mark.parametrize(

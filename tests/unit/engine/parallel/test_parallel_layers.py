@@ -17,7 +17,8 @@ def filled(module: nn.Module, parts: dict[str, Part], **whole: torch.Tensor) -> 
     for name, parameter in module.named_parameters():
         values, part = whole[name], parts.get(name, Part())
         if part.rows is not None:
-            values = values[part.rows.start : part.rows.stop]
+            rows = part.rows_of(tuple(values.shape))
+            values = values[rows.start : rows.stop]
         if part.columns is not None:
             values = values[:, part.columns.start : part.columns.stop]
         assert parameter.shape == values.shape
