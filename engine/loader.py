@@ -101,8 +101,7 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    places = _places(checkpoint)
-    _check(places, checkpoint)
+    places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
     held = _held(model, places)
     # In the order in which reading is fastest.
@@ -144,8 +143,12 @@ def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, P
     return held
 
 
-def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
+def check_tensors(checkpoint: Checkpoint) -> TensorPlaces:
+    """Where the whole model's tensors lie.
+
+    Raises ConfigError where a parameter has no tensor, a tensor no place, or shapes differ.
+    """
+    places = _places(checkpoint)
     shapes = places.stored_shapes()
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
@@ -164,6 +167,7 @@ def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
                 f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
                 "config: get config and weights from the same place"
             )
+    return places
 
 
 def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:

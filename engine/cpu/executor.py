@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
-from engine.cpu.angles import Angles
+from engine.cpu.angles import angles_of
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import PackedModel
 from engine.cpu.packing import PACK, padded
 from engine.cpu.program import MAX_EXPERTS, Program, Rows
-from engine.decoder_config import AlibiPositions, DecoderLayers, LearnedPositions, RotaryPositions
+from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
@@ -88,7 +88,7 @@ class CpuExecutor:
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        angles = _angles(layers.positions, config.head_dim, max_position)
+        angles = angles_of(layers.positions, config.head_dim, max_position)
         self._model = lower_decoder(loaded.model.model, layers, packed, shard, angles, self._program, partial_rows)
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
@@ -175,12 +175,3 @@ class CpuExecutor:
     def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
         num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
         self._kernels.run(self._decoder, step, operations, num_threads)
-
-
-def _angles(
-    positions: RotaryPositions | LearnedPositions | AlibiPositions, head_dim: int, max_position: int
-) -> list[Angles]:
-    """Of each way to turn."""
-    if not isinstance(positions, RotaryPositions):
-        return [Angles.none(head_dim)]
-    return [Angles.of(rope, head_dim, max_position) for rope in positions.tables]

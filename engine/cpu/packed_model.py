@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.cpu.library import Kernels
 from engine.cpu.packing import PackedMatrix, Packer
 from engine.cpu.row_norms import row_norm
 from engine.decoder_config import DecoderLayers, RotaryPositions
-from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.models.decoder_layer import DecoderLayer
@@ -29,6 +27,10 @@ class PackedMlp:
     @property
     def num_weights(self) -> int:
         return self.up.num_weights + self.down.num_weights
+
+    @property
+    def num_bytes(self) -> int:
+        return self.up.num_bytes + self.down.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,10 @@ class PackedMixture:
         of_experts = self.up.num_weights + self.down.num_weights
         return self.router.num_weights + of_experts * self.num_chosen // self.num_experts
 
+    @property
+    def num_bytes(self) -> int:
+        return self.router.num_bytes + self.up.num_bytes + self.down.num_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
@@ -71,6 +77,11 @@ class PackedLayer:
     def num_weights(self) -> int:
         """That one token is multiplied with."""
         return self.qkv.num_weights + self.output.num_weights + self.mlp.num_weights
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices in memory."""
+        return self.qkv.num_bytes + self.output.num_bytes + self.mlp.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +102,8 @@ class PackedModel:
     lm_head: PackedMatrix | None
 
 
-def pack_model(loaded: LoadedModel, kernels: Kernels, *, num_threads: int) -> PackedModel:
-    """Reads the model's matrices, which are still in the checkpoint, straight into their places.
-
-    The model loses them. Raises ConfigError where the checkpoint cannot give one of them.
-    """
-    model, config, packer = loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads)
-    assert isinstance(model, DecoderForCausalLM)
+def pack_model(model: DecoderForCausalLM, config: ModelConfig, packer: Packer) -> PackedModel:
+    """Packs the model's matrices, which it loses. Raises ConfigError where a checkpoint cannot give one of them."""
     decoder, layers = model.model, DecoderLayers.of(config)
     embedding = _packed_or_none(packer, decoder.embed_tokens)
     packed_layers = []
@@ -105,15 +111,13 @@ def pack_model(loaded: LoadedModel, kernels: Kernels, *, num_threads: int) -> Pa
         assert isinstance(layer, DecoderLayer)
         packed_layers.append(_packed_layer(layer, packer, _rotary_dim(config, int(index)), layers))
     # A stage that is not the last has neither of these, and its embedding is none that logits need.
-    packed = PackedModel(
+    return PackedModel(
         embedding=embedding,
         project_in=_packed_or_none(packer, decoder.project_in),
         layers=tuple(packed_layers),
         project_out=_packed_or_none(packer, decoder.project_out),
         lm_head=embedding if model.lm_head is None else _packed(packer, model.lm_head),
     )
-    loaded.fill()
-    return packed
 
 
 def _rotary_dim(config: ModelConfig, layer: int) -> int:

@@ -37,9 +37,15 @@ class PackedMatrix:
     def num_weights(self) -> int:
         return self.n * self.k
 
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory."""
+        return self.values.nbytes + self.bias.nbytes
+
 
 class Packer:
-    """Packs matrices, side by side or interleaved, into one.
+    """Packs matrices, side by side or interleaved, into one. Of matrices on "meta" that are stored nowhere, it gives
+    what has shapes alone.
 
     Args:
         stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
@@ -70,7 +76,7 @@ class Packer:
         two, `interleaved`. The bias is that of any expert: zeros."""
         (n, k), num_parts = experts[0][0].shape, len(experts[0])
         size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
-        values = self._zeros(len(experts) * size, k)
+        values = self._zeros(len(experts) * size, experts[0][0])
         outputs = torch.arange(n)
         within = outputs if num_parts == 1 else _alternating(outputs)
         for expert, weights in enumerate(experts):
@@ -111,19 +117,20 @@ class Packer:
         places: Sequence[torch.Tensor],
     ) -> PackedMatrix:
         """The matrix whose outputs `places` are those of `weights`, and all others zero."""
-        k = weights[0].shape[1]
-        values, packed_bias = self._zeros(n, k), torch.zeros(padded(n))
+        values, packed_bias = self._zeros(n, weights[0]), torch.zeros(padded(n))
         for weight, bias, outputs in zip(weights, biases, places, strict=True):
             self._pack(values, outputs, weight)
             if bias is not None:
                 packed_bias[outputs] = bias.float()
-        return PackedMatrix(n, k, values, packed_bias)
+        return PackedMatrix(n, weights[0].shape[1], values, packed_bias)
 
     def _pack(self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor) -> None:
         """Stores a matrix in a packed one, as its `outputs`.
 
         Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite.
         """
+        if values.is_meta:
+            return
         stored, k = self._stored.pop(weight, None), weight.shape[1]
         source = weight if stored is None else stored.rows() or stored.read()
         # From the panel with the first output on.
@@ -145,9 +152,12 @@ class Packer:
             case error:
                 raise stored.unreadable(os.strerror(error))
 
-    def _zeros(self, n: int, k: int) -> torch.Tensor:
+    def _zeros(self, n: int, like: torch.Tensor) -> torch.Tensor:
+        """Of a packed matrix of n outputs, of which `like` makes some."""
         dtype = self._kernels.dtype
-        num_values = padded(n) * padded(k, PACK[dtype])
+        num_values = padded(n) * padded(like.shape[1], PACK[dtype])
+        if like.is_meta and like not in self._stored:
+            return torch.empty(num_values, dtype=dtype, device="meta")
         return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
 
 

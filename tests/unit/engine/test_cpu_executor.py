@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from engine.cpu.build import X86_TARGETS, BuildError, Target, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Kernels
-from engine.cpu.packed_model import pack_model
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
-from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
+from tests.texts import Texts, assert_same_logits, load, packed_for, random_text, reference_logits
 
 SHAPES = ["gqa", "mha", "mqa-tied", "biases", "rope-linear", "rope-llama3", "rope-yarn"]
 # The best of this machine, and those below it: what it computes, lesser machines compute with.
@@ -42,7 +41,7 @@ def texts_on_kernels(
         return CpuExecutor(
             kernels,
             loaded,
-            pack_model(loaded, kernels, num_threads=num_threads),
+            packed_for(loaded, kernels, num_threads),
             kv_cache,
             max_tokens=512,
             max_position=256,

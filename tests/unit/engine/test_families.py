@@ -10,13 +10,16 @@ from transformers import AutoModelForCausalLM
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, cpu_layout
 from engine.cpu.library import Kernels
-from engine.cpu.packed_model import pack_model
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
 from engine.loader import DTYPES, LoadedModel
-from tests.texts import Texts, load, random_text, reference_logits
+from tests.texts import Texts, load, packed_for, random_text, reference_logits
 from tests.tiny_families import SHAPES, make_tiny_family
 
+# What the kernels do not lower is computed in torch.
+ON_KERNELS = [
+    shape for shape in SHAPES if shape.startswith(("qwen2", "qwen3", "mistral", "phi3")) and "moe" not in shape
+]
 LENGTHS = (150, 97, 33, 16, 1)
 # Of the logits' own size.
 TOLERANCE = 2e-5
@@ -49,7 +52,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
 
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(path, values)
-        packed = pack_model(loaded, kernels, num_threads=2)
+        packed = packed_for(loaded, kernels)
         return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=256, num_threads=2)
 
     layout = cpu_layout(loaded.config, 16, values)
@@ -57,7 +60,10 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
     return Texts(loaded, texts, block_size=16, layout=layout, make_executor=make_executor)
 
 
-WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels])
+WAYS = pytest.mark.parametrize(
+    ("way", "shape"),
+    [*((in_torch, shape) for shape in SHAPES), *((on_kernels, shape) for shape in ON_KERNELS)],
+)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -66,7 +72,6 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @WAYS
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 150])
 def test_chunked_prefill_equals_transformers(
     tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str, chunk: int
@@ -79,7 +84,6 @@ def test_chunked_prefill_equals_transformers(
 
 
 @WAYS
-@pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     prompt = random_text(41)
     with torch.inference_mode():
@@ -102,7 +106,6 @@ def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable
 
 
 @WAYS
-@pytest.mark.parametrize("shape", SHAPES)
 def test_any_batch_and_a_prefix_that_is_there(
     tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str
 ) -> None:
@@ -123,7 +126,7 @@ def test_any_batch_and_a_prefix_that_is_there(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ON_KERNELS)
 def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
     tiny: Callable[[str], Path], shape: str, dtype: str
 ) -> None:
@@ -152,7 +155,7 @@ def test_on_kernels_what_lies_before_a_window_is_not_read(tiny: Callable[[str], 
     assert torch.equal(spoilt.logits_of(0), whole.logits_of(0))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ON_KERNELS)
 def test_bfloat16_on_kernels_is_as_near_as_torch(tiny: Callable[[str], Path], shape: str) -> None:
     text = random_text(100)
     expected = reference_logits(tiny(shape), text)
