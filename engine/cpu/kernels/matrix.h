@@ -116,19 +116,4 @@ void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows,
   });
 }
 
-// Stores a matrix [n, k], rows `k` apart, into a packed one. Row i becomes column base + i / group * stride + i % group,
-// by which several matrices become one, side by side or interleaved.
-template <class Element>
-void pack_matrix(typename Element::Value* packed, const typename Element::Value* matrix, int64_t n, int64_t k,
-                 int64_t base, int64_t group, int64_t stride) {
-  constexpr int kPack = Element::kPack;
-  const int64_t num_steps = (k + kPack - 1) / kPack;
-  for (int64_t row = 0; row < n; ++row) {
-    const int64_t column = base + row / group * stride + row % group;
-    typename Element::Value* to = packed + column / kPanel * num_steps * kPanel * kPack + column % kPanel * kPack;
-    const typename Element::Value* from = matrix + row * k;
-    for (int64_t i = 0; i < k; ++i) to[i / kPack * kPanel * kPack + i % kPack] = from[i];
-  }
-}
-
 }  // namespace pdmesh
