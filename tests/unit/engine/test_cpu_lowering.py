@@ -169,10 +169,10 @@ def on_kernels(model: LoadedModel, kv_cache: KVCache, sums: SumsBetween | None =
     return CpuExecutor(kernels, model, kv_cache, max_tokens=256, max_position=256, num_threads=2, sums=sums)
 
 
-def texts_on_kernels(model: LoadedModel, dtype: torch.dtype) -> Texts:
-    layout = cpu_layout(model.config, 16, dtype)
+def texts_on_kernels(model: LoadedModel, dtype: torch.dtype, *, int8: bool = False) -> Texts:
+    layout = cpu_layout(model.config, 16, dtype, torch.int8 if int8 else None)
     assert layout is not None, "the kernels serve this decoder"
-    return Texts(model, TEXTS, block_size=16, layout=layout, make_executor=on_kernels)
+    return Texts(model, TEXTS, block_size=16, layout=layout, int8=int8, make_executor=on_kernels)
 
 
 def compute(texts: Texts) -> list[torch.Tensor]:
@@ -203,13 +203,23 @@ def test_in_bfloat16_they_are_as_near_as_torch(name: str) -> None:
     assert (ours - exact).norm() < 1.2 * (in_torch - exact).norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_row_has_the_same_bits_however_steps_are_cut(name: str, dtype: torch.dtype) -> None:
+def test_with_kv_in_8_bits_they_are_as_near_as_torch(name: str) -> None:
+    config, dtype = DECODERS[name], torch.float32
+    values = random_values(config)
+    exact = torch.cat(compute(Texts(loaded(config, values, dtype), TEXTS)))
+    in_torch = torch.cat(compute(Texts(loaded(config, values, dtype), TEXTS, int8=True)))
+    ours = torch.cat(compute(texts_on_kernels(loaded(config, values, dtype), dtype, int8=True)))
+    assert 0 < (ours - exact).norm() < 1.1 * (in_torch - exact).norm()
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_row_has_the_same_bits_however_steps_are_cut(name: str, dtype: torch.dtype, int8: bool) -> None:
     config = DECODERS[name]
     values = random_values(config)
-    together = compute(texts_on_kernels(loaded(config, values, dtype), dtype))
-    alone = texts_on_kernels(loaded(config, values, dtype), dtype)
+    together = compute(texts_on_kernels(loaded(config, values, dtype), dtype, int8=int8))
+    alone = texts_on_kernels(loaded(config, values, dtype), dtype, int8=int8)
     for text, tokens in enumerate(TEXTS):
         alone.step({text: len(tokens)})
         assert torch.equal(alone.logits_of(text), together[text])
