@@ -99,7 +99,7 @@ def test_tokens_are_those_of_one_rank_however_split(
 def _check(model: Callable[[str], tuple[Path, list[Answer]]], case: Case) -> None:
     directory, expected = model(case.shape)
     # A text that repeats itself would hide what is wrong with it.
-    assert all(len(set(answer.token_ids)) > 0.6 * len(answer.token_ids) for answer in expected)
+    assert all(len(set(answer.token_ids)) > 0.5 * len(answer.token_ids) for answer in expected)
     of = config(directory, kernels=case.kernels, chunk=case.chunk)
     with group_of_ranks(of, tp=case.tp, pp=case.pp) as assembly:
         assert [rank.rank for rank in assembly.ranks] == list(range(case.tp * case.pp))
