@@ -139,6 +139,7 @@ SHAPES = {
         {
             "use_parallel_residual": False,
             "hidden_size": 96,
+            "num_attention_heads": 2,
             "hidden_act": "gelu_fast",
             "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
         },

@@ -18,10 +18,6 @@ from tests.rank_groups import alone, arrivals, assert_same, config, serve
 from tests.texts import Texts, load, random_text, reference_logits
 from tests.tiny_families import SHAPES, make_tiny_family
 
-# What the kernels do not lower is computed in torch.
-ON_KERNELS = [
-    shape for shape in SHAPES if shape.startswith(("qwen2", "qwen3", "mistral", "phi3")) and "moe" not in shape
-]
 LENGTHS = (150, 97, 33, 16, 1)
 # Of the logits' own size.
 TOLERANCE = 2e-5
@@ -61,10 +57,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
     return Texts(loaded, texts, block_size=16, layout=layout, make_executor=make_executor)
 
 
-WAYS = pytest.mark.parametrize(
-    ("way", "shape"),
-    [*((in_torch, shape) for shape in SHAPES), *((on_kernels, shape) for shape in ON_KERNELS)],
-)
+WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels])
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -73,6 +66,7 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @WAYS
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "chunk", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(64, marks=pytest.mark.slow), 150]
 )
@@ -88,6 +82,7 @@ def test_chunked_prefill_equals_transformers(
 
 @pytest.mark.slow
 @WAYS
+@pytest.mark.parametrize("shape", SHAPES)
 def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     # Longrope is served up to the trained length.
     longest = 256 if shape == "phi3-longrope" else 300
@@ -104,6 +99,7 @@ def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., T
 
 
 @WAYS
+@pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     prompt = random_text(41)
     with torch.inference_mode():
@@ -126,6 +122,7 @@ def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable
 
 
 @WAYS
+@pytest.mark.parametrize("shape", SHAPES)
 def test_any_batch_and_a_prefix_that_is_there(
     tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str
 ) -> None:
@@ -167,7 +164,7 @@ def test_whoever_is_preempted_gets_the_same(tiny: Callable[[str], Path], shape: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", ON_KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
     tiny: Callable[[str], Path], shape: str, dtype: str
 ) -> None:
@@ -196,12 +193,13 @@ def test_on_kernels_what_lies_before_a_window_is_not_read(tiny: Callable[[str], 
     assert torch.equal(spoilt.logits_of(0), whole.logits_of(0))
 
 
-@pytest.mark.parametrize("shape", ON_KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_bfloat16_on_kernels_is_as_near_as_torch(tiny: Callable[[str], Path], shape: str) -> None:
     text = random_text(100)
     expected = reference_logits(tiny(shape), text)
     errors = []
     for texts in (on_kernels(tiny(shape), [text], "bfloat16"), Texts(load(tiny(shape), "bfloat16"), [text])):
         texts.step({0: 100})
-        errors.append(float((texts.logits_of(0) - expected).norm()))
+        # Of the median row: where two experts are about as likely, rounding may choose the other one, here or there.
+        errors.append(float((texts.logits_of(0) - expected).norm(dim=-1).median()))
     assert errors[0] < 1.2 * errors[1]
