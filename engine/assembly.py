@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout
+from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.executor import OneProcess, StepExecutor
@@ -124,7 +124,8 @@ def load_part(
             torch.cuda.set_device(device)
         loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
         share = group.kv_share(loaded, device)
-    block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
+    stored = kv_dtype(config, DTYPES[config.dtype_name])
+    block_bytes = bytes_per_block(loaded.config, config.block_size, stored)
     available_bytes = int(available_memory_bytes(device) / share)
     size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
     return LoadedPart(config, loaded, device, size, group)
@@ -186,13 +187,15 @@ class LoadedPart:
         """
         config, model, group, shard = self.config, self.model, self.group, self.model.shard
         weight_bytes = model.num_bytes
-        block_bytes = bytes_per_block(model.config, config.block_size, self.dtype)
+        stored = kv_dtype(config, self.dtype)
+        block_bytes = bytes_per_block(model.config, config.block_size, stored)
         kv_cache = KVCache(
             model.config,
             num_blocks=serve.num_blocks,
             block_size=config.block_size,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=stored,
             layout=kv_layout(config, model.config, self.dtype),
             kv_heads=shard.kv_heads,
             layers=shard.layers,
@@ -276,7 +279,7 @@ def _around(
         facts=PairingFacts(
             model_digest=part.model.digest,
             dtype=config.dtype_name,
-            kv_dtype=config.dtype_name,
+            kv_dtype=config.kv_dtype_name,
             block_size=config.block_size,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,

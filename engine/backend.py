@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _NOT_FOR_CPU_KERNELS = (
     "these serve float32 and bfloat16, blocks and heads of a multiple of 16, and mixtures of experts without biases"
 )
+_INT8_KV = "the CUDA kernels read no KV cache in int8"
 
 
 class Way(Enum):
@@ -66,7 +67,7 @@ def choose_way(
     if config.compile:
         return Choice(Way.COMPILED)
     if config.kernels == "auto" and pp_size == 1 and device.type == "cuda":
-        because = no_kernels_because(model, device)
+        because = _INT8_KV if config.kv_cache_dtype == "int8" else no_kernels_because(model, device)
         return Choice(Way.TORCH, because) if because else Choice(Way.CUDA_KERNELS)
     return Choice(Way.TORCH)
 
@@ -87,8 +88,14 @@ class Backend:
 def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
     """The layout of the KV cache. On a CPU it is the kernels', also where plain torch computes: workers with and
     without them exchange blocks as they lie."""
-    layout = cpu_layout(model, config.block_size, dtype) if config.torch_device.type == "cpu" else None
-    return layout or PLAIN
+    if config.torch_device.type != "cpu":
+        return PLAIN
+    return cpu_layout(model, config.block_size, dtype, kv_dtype(config, dtype)) or PLAIN
+
+
+def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the KV cache of a model that computes in `dtype` stores."""
+    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
 
 
 def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:

@@ -12,8 +12,9 @@ import torch
 
 from engine.attention import Attention
 from engine.batch import Batch
+from engine.decoder_config import AlibiPositions, DecoderLayers, NormConfig
 from engine.loader import ALONE, LoadedModel, Split
-from engine.model_config import LayersConfig, ModelConfig
+from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
 
@@ -31,7 +32,7 @@ FAKE_CONFIG = ModelConfig(
     tie_word_embeddings=False,
     eos_token_ids=(),
     bos_token_id=None,
-    layers=LayersConfig(),
+    layers=DecoderLayers(NormConfig("rms", 1e-6), AlibiPositions()),
 )
 
 

@@ -28,6 +28,7 @@ class Texts:
     """Texts computed side by side in one cache, whose blocks are scattered and begin as NaN.
 
     Args:
+        int8: What the cache stores.
         region: The cache holds but some heads and layers of its blocks: not the first, not the last.
         make_executor: Of the loaded model and the cache.
     """
@@ -39,6 +40,7 @@ class Texts:
         *,
         block_size: int = 4,
         layout: KVLayout = PLAIN,
+        int8: bool = False,
         region: bool = False,
         make_executor: Callable[[LoadedModel, KVCache], ModelExecutor] = plain_torch,
     ) -> None:
@@ -62,11 +64,12 @@ class Texts:
             block_size=block_size,
             dtype=dtype,
             device=CPU,
+            kv_dtype=torch.int8 if int8 else None,
             layout=layout,
             kv_heads=kv_heads,
             layers=layers,
         )
-        self.cache.data.fill_(torch.nan)
+        (self.cache.data if self.cache.scales is None else self.cache.scales).fill_(torch.nan)
         self.executor = make_executor(loaded, self.cache)
 
     def step(self, num_tokens: dict[int, int], num_wanted: dict[int, int] | None = None) -> None:

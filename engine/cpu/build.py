@@ -52,7 +52,10 @@ _AVX512 = frozenset(
 
 # The best first.
 X86_TARGETS = (
-    Target("avx512-bf16", _AVX512 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    # Whatever multiplies bfloat16 multiplies integers of 16 bits, too.
+    Target(
+        "avx512-bf16", _AVX512 | {"avx512_bf16", "avx512_vnni"}, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
+    ),
     Target("avx512", _AVX512, ("-march=x86-64-v4",)),
 )
 

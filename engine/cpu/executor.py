@@ -28,14 +28,22 @@ _MAX_HEAD_DIM = 256
 _MIN_SHARED_WORK = 5_000_000
 
 
-def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
-    """The KV layout that the kernels read; None where they cannot serve the model."""
+def cpu_layout(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> KVLayout | None:
+    """The KV layout that the kernels read; None where they cannot serve the model.
+
+    Args:
+        dtype: What the model computes in.
+        kv_dtype: What K and V are stored in: torch.int8, or None for `dtype`.
+    """
     experts = DecoderLayers.of(config).experts
     if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):
         return None
     if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    return KVLayout(PACK[dtype])
+    # int8 becomes integers of 16 bits, of which a multiply-add takes two.
+    return KVLayout(2 if kv_dtype == torch.int8 else PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,10 @@ class CpuExecutor:
         partial_rows = within.partial_rows if within else self._private_rows
         packed = pack_model(loaded.model, config, Packer(kernels))
         angles = angles_of(layers.positions, config.head_dim, max_position)
-        self._model = lower_decoder(loaded.model.model, layers, packed, shard, angles, self._program, partial_rows)
+        int8_kv = kv_cache.scales is not None
+        self._model = lower_decoder(
+            loaded.model.model, layers, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv
+        )
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
@@ -98,6 +109,7 @@ class CpuExecutor:
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
+            int8_cache=int8_kv,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,

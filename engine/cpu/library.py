@@ -19,7 +19,7 @@ class Kind(IntEnum):
     ATTEND = 3
     SELECT = 4
     REDUCE = 5
-    NORMALIZE_HEADS = 6
+    FINISH_HEADS = 6
     LAYER_NORM = 7
     NARROW = 8
     ADD_POSITIONS = 9
@@ -114,6 +114,7 @@ class Group(ctypes.Structure):
 class Decoder(ctypes.Structure):
     _fields_ = (
         ("cache", ctypes.c_void_p),
+        ("int8_cache", ctypes.c_int32),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),

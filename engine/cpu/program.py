@@ -142,22 +142,25 @@ class Program:
         )
         self._project(operation, source, matrix, queries)
 
-    def normalize_heads(
-        self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int, angles: Angles
+    def finish_heads(
+        self,
+        sums: Rows,
+        queries: Rows,
+        layer: int,
+        angles: Angles,
+        scales: torch.Tensor | None = None,
+        epsilon: float = 0.0,
     ) -> None:
-        """What `project_heads` does, of `sums` of such a matrix whose q and k are normalised head by head.
+        """What `project_heads` does, of `sums` of such a matrix: for where heads are needed whole.
 
         Args:
             sums: Float32.
-            scales: Of `Packer.head_scales`.
+            scales: Of `Packer.head_scales`, where q and k are normalised head by head.
+            epsilon: Of that norm.
         """
         self._kept.append(angles)
         operation = Operation(
-            kind=Kind.NORMALIZE_HEADS,
-            epsilon=epsilon,
-            layer=layer,
-            n=sums.width,
-            rotation=ctypes.pointer(angles.rotation),
+            kind=Kind.FINISH_HEADS, epsilon=epsilon, layer=layer, n=sums.width, rotation=ctypes.pointer(angles.rotation)
         )
         self._add(operation, sums, queries, weight=scales)
 

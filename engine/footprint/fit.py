@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.backend import Choice, choose_way, kv_layout
+from engine.backend import Choice, choose_way, kv_dtype, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.cpu.build import BuildError, check_kernels
 from engine.footprint.ranks import RankMemory, loaded_bytes, rank_memory
@@ -88,7 +88,7 @@ def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fi
     layout = kv_layout(config, model, dtype)
     has_kernels = _has_cpu_kernels(config, device)
     choice = choose_way(config, model, layout, device, has_cpu_kernels=has_kernels, pp_size=group.pp)
-    block_bytes = bytes_per_block(model, config.block_size, dtype)
+    block_bytes = bytes_per_block(model, config.block_size, kv_dtype(config, dtype))
     shards = [shard_of(model, tp=group.tp, pp=group.pp, rank=rank) for rank in group.local_ranks]
     rooms = _rooms(device, group)
     loaded = [loaded_bytes(config, model, shard) for shard in shards]

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.backend import kv_dtype
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.executor import TorchExecutor
@@ -36,7 +37,7 @@ def peak_step_bytes(
     dtype = DTYPES[config.dtype_name]
     kv_cache = KVCache(
         model_config, num_blocks=1, block_size=config.block_size, dtype=dtype, device=_META,
-        kv_heads=shard.kv_heads, layers=shard.layers,
+        kv_dtype=kv_dtype(config, dtype), kv_heads=shard.kv_heads, layers=shard.layers,
     )  # fmt: skip
     executor = TorchExecutor(model.to(_META), kv_cache, last_stage=shard.last_stage)
     chunk = min(config.max_prefill_chunk, config.max_num_batched_tokens, max_model_len)

@@ -118,7 +118,8 @@ def _on_cpu_kernels(
         # They lie in memory that the ranks share, each rank's beside the others'.
         return program.rows(width, torch.float32)
 
-    lower_decoder(model.model, layers, packed, probe, angles, program, partial_rows)
+    int8_kv = config.kv_cache_dtype == "int8"
+    lower_decoder(model.model, layers, packed, probe, angles, program, partial_rows, int8_kv=int8_kv)
     of_layers = sum(len(of_kind) * packed.layers[of_kind[0] - probe.layers.start].num_bytes for of_kind in kinds)
     weights = WeightBytes(
         embedding=sum(matrix.num_bytes for matrix in (packed.embedding, packed.project_in) if matrix),

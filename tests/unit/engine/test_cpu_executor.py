@@ -31,6 +31,7 @@ def texts_on_kernels(
     texts: Sequence[Sequence[int]],
     *,
     dtype: str = "float32",
+    int8: bool = False,
     block_size: int = 16,
     target: Target | None = None,
     num_threads: int = 2,
@@ -50,7 +51,8 @@ def texts_on_kernels(
         load(directory, dtype),
         texts,
         block_size=block_size,
-        layout=KVLayout(PACK[dtype]),
+        layout=KVLayout(2 if int8 else PACK[dtype]),
+        int8=int8,
         region=region,
         make_executor=make_executor,
     )

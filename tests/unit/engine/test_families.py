@@ -157,5 +157,6 @@ def test_bfloat16_on_kernels_is_as_near_as_torch(tiny: Callable[[str], Path], sh
     errors = []
     for texts in (on_kernels(tiny(shape), [text], "bfloat16"), Texts(load(tiny(shape), "bfloat16"), [text])):
         texts.step({0: 100})
-        errors.append(float((texts.logits_of(0) - expected).norm()))
+        # Of the median row: where two experts are about as likely, rounding may choose the other one, here or there.
+        errors.append(float((texts.logits_of(0) - expected).norm(dim=-1).median()))
     assert errors[0] < 1.2 * errors[1]
