@@ -6,17 +6,29 @@ In a group of ranks each does so with its shard, and between loading and making 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_layout, weight_quantization
+from engine.backend import (
+    Backend,
+    choose_backend,
+    cpu_kernels,
+    kv_dtype,
+    kv_layout,
+    pack_weights,
+    packs,
+    weight_quantization,
+)
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
+from engine.cpu.packed_model import PackedModel
 from engine.executor import OneProcess, StepExecutor
-from engine.kv_cache import PLAIN, KVCache, bytes_per_block
-from engine.loader import ALONE, DTYPES, UNQUANTIZED, LoadedModel, Quantization, Split
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.loader import ALONE, DTYPES, LoadedModel, Split, fill_all
+from engine.model_config import ModelConfig
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
@@ -26,6 +38,7 @@ from engine.parallel.staging import StagedMemory
 from engine.parallel.wire import Begin, Loaded, Serve, Serving
 from engine.runner import PROMPT_LOGITS_ROWS, ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
+from engine.weights.quantized import UNQUANTIZED, Quantization
 from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import seal
 from pdmesh.types import BlockRun, KVNode, ModelInfo, PairingFacts
@@ -41,6 +54,7 @@ class ModelLoader(Protocol):
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
         quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel: ...
 
@@ -110,11 +124,7 @@ def load_part(
     """Loads the model, or this rank's shard, and sees how many KV blocks it has room for. Raises ConfigError."""
     device = config.torch_device
     _set_num_threads(config, group)
-    quantization = weight_quantization(config)
-    if group is None:
-        loaded = load(config.model, config.dtype_name, device, on_progress, quantization=quantization)
-        share = 1.0
-    else:
+    if group is not None:
         if device.type == "cuda" and group.config.nnodes > 1 and group.config.local_size > 1:
             raise ConfigError(
                 "KV of several GPUs on each of several nodes cannot be moved: use one GPU of each node, or one node"
@@ -124,12 +134,23 @@ def load_part(
         device = group.device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        loaded = load(config.model, config.dtype_name, device, on_progress, group.split, quantization)
-        share = group.kv_share(loaded, device)
-    block_bytes = bytes_per_block(loaded.config, config.block_size, DTYPES[config.dtype_name])
+    kernels, quantization = cpu_kernels(config, device), weight_quantization(config)
+    loaded = load(
+        config.model,
+        config.dtype_name,
+        device,
+        on_progress,
+        ALONE if group is None else group.split,
+        lambda model: packs(config, model, kernels),
+        quantization,
+    )
+    packed = pack_weights(config, loaded, kernels, quantization)
+    share = 1.0 if group is None else group.kv_share(loaded, device)
+    stored = kv_dtype(config, DTYPES[config.dtype_name])
+    block_bytes = bytes_per_block(loaded.config, config.block_size, stored)
     available_bytes = int(available_memory_bytes(device) / share)
     size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
-    return LoadedPart(config, loaded, device, size, group)
+    return LoadedPart(config, loaded, packed, kernels, device, size, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +182,17 @@ class MadePart:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPart:
-    """A model, or a shard, in memory. `size` is what it would allow, were it alone."""
+    """A model, or a shard, in memory, its matrices packed where CPU kernels compute it.
+
+    Attributes:
+        kernels: For this machine's CPU, if it computes with them.
+        size: What this would allow, were it alone.
+    """
 
     config: EngineConfig
     model: LoadedModel
+    packed: PackedModel | None
+    kernels: Path | None
     device: torch.device
     size: CacheSize
     group: RankGroup | None
@@ -176,10 +204,8 @@ class LoadedPart:
     @property
     def loaded(self) -> Loaded:
         """What a rank says of it."""
-        on_kernels = cpu_kernels(self.config, self.device) is not None
-        return Loaded(
-            self.size.num_blocks, self.size.max_model_len, self.model.digest, self.model.num_bytes, on_kernels
-        )
+        size, model = self.size, self.model
+        return Loaded(size.num_blocks, size.max_model_len, model.digest, model.num_bytes, self.kernels is not None)
 
     def make(self, serve: Serve, *, lend_kv: bool = False) -> MadePart:
         """Makes a KV cache of so many blocks, and what computes with it. The ranks of a group do this together.
@@ -188,23 +214,23 @@ class LoadedPart:
         """
         config, model, group, shard = self.config, self.model, self.group, self.model.shard
         weight_bytes = model.num_bytes
-        block_bytes = bytes_per_block(model.config, config.block_size, self.dtype)
+        stored = kv_dtype(config, self.dtype)
+        block_bytes = bytes_per_block(model.config, config.block_size, stored)
         kv_cache = KVCache(
             model.config,
             num_blocks=serve.num_blocks,
             block_size=config.block_size,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=stored,
             layout=kv_layout(config, model.config, self.dtype),
             kv_heads=shard.kv_heads,
             layers=shard.layers,
             lend=lend_kv,
             memory=None if group is None else group.kv_memory(serve.num_blocks * block_bytes),
         )
-        kernels = cpu_kernels(config, self.device)
         exchange = None
         if group is not None:
-            on_kernels = kernels is not None and kv_cache.layout != PLAIN
             exchange = group.open_exchange(
                 model,
                 ExchangeSizes(
@@ -213,15 +239,16 @@ class LoadedPart:
                     vocab_size=model.config.vocab_size,
                     max_logit_rows=max(config.max_num_seqs, PROMPT_LOGITS_ROWS),
                 ),
-                kernels=kernels,
-                hidden_dtype=torch.float32 if on_kernels else self.dtype,
+                kernels=self.kernels,
+                hidden_dtype=torch.float32 if self.packed is not None else self.dtype,
                 device=self.device,
             )
         backend = choose_backend(
             config,
             model,
+            self.packed,
             kv_cache,
-            kernels=kernels,
+            kernels=self.kernels,
             exchange=exchange,
             max_model_len=serve.max_model_len,
             max_blocks=-(-serve.max_model_len // config.block_size),
@@ -278,7 +305,7 @@ def _around(
         facts=PairingFacts(
             model_digest=part.model.digest,
             dtype=config.dtype_name,
-            kv_dtype=config.dtype_name,
+            kv_dtype=config.kv_dtype_name,
             quantization=config.quantization,
             block_size=config.block_size,
             num_layers=shape.num_layers,

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -10,19 +11,69 @@ from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
 from engine.cpu.library import Kernels, QuantizeKernels
+from engine.cpu.packed_model import PackedModel, pack_model
+from engine.cpu.packing import Packer
 from engine.cpu.sampling import CpuSampling
-from engine.cuda.support import can_use_kernels
+from engine.cuda.support import no_kernels_because
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import UNQUANTIZED, LoadedModel, Quantization
+from engine.loader import DTYPES, LoadedModel
 from engine.model_config import ModelConfig
+from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.exchange import Exchange
 from engine.parallel.host_exchange import HostExchange
 from engine.sampling_ops import SamplingOps
 from engine.torch_sampling import TorchSampling
-from engine.weights.quantized import FORMATS, Quantizer
+from engine.weights.quantized import FORMATS, UNQUANTIZED, Quantization, Quantizer
 
 log = logging.getLogger(__name__)
+
+_NOT_FOR_CPU_KERNELS = (
+    "these serve float32 and bfloat16, blocks and heads of a multiple of 16, and mixtures of experts without biases"
+)
+_INT8_KV = "the CUDA kernels read no KV cache in int8"
+
+
+class Way(Enum):
+    """What computes a model."""
+
+    CPU_KERNELS = "CPU kernels"
+    CUDA_KERNELS = "CUDA kernels"
+    COMPILED = "torch, layers compiled"
+    TORCH = "plain torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which way, and why not a faster one; empty where there is none, or somebody asked for it."""
+
+    way: Way
+    because: str = ""
+
+
+def choose_way(
+    config: EngineConfig,
+    model: ModelConfig,
+    layout: KVLayout,
+    device: torch.device,
+    *,
+    has_cpu_kernels: bool,
+    pp_size: int = 1,
+) -> Choice:
+    """Decides what `choose_backend` makes.
+
+    Args:
+        layout: Of `kv_layout`.
+        has_cpu_kernels: They are wanted, and this machine has them.
+    """
+    if has_cpu_kernels:
+        return Choice(Way.TORCH, _NOT_FOR_CPU_KERNELS) if layout == PLAIN else Choice(Way.CPU_KERNELS)
+    if config.compile:
+        return Choice(Way.COMPILED)
+    if config.kernels == "auto" and pp_size == 1 and device.type == "cuda":
+        because = _INT8_KV if config.kv_cache_dtype == "int8" else no_kernels_because(model, device)
+        return Choice(Way.TORCH, because) if because else Choice(Way.CUDA_KERNELS)
+    return Choice(Way.TORCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +92,14 @@ class Backend:
 def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
     """The layout of the KV cache. On a CPU it is the kernels', also where plain torch computes: workers with and
     without them exchange blocks as they lie."""
-    layout = cpu_layout(model, config.block_size, dtype) if config.torch_device.type == "cpu" else None
-    return layout or PLAIN
+    if config.torch_device.type != "cpu":
+        return PLAIN
+    return cpu_layout(model, config.block_size, dtype, kv_dtype(config, dtype)) or PLAIN
+
+
+def kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What the KV cache of a model that computes in `dtype` stores."""
+    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
 
 
 def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
@@ -68,9 +125,31 @@ def weight_quantization(config: EngineConfig) -> Quantization:
     return Quantization(FORMATS[config.quantization], quantizer)
 
 
+def packs(config: EngineConfig, model: ModelConfig, kernels: Path | None) -> bool:
+    """Whether the CPU kernels (of `cpu_kernels`) compute the model, from packed matrices."""
+    return kernels is not None and cpu_layout(model, config.block_size, DTYPES[config.dtype_name]) is not None
+
+
+def pack_weights(
+    config: EngineConfig, loaded: LoadedModel, kernels: Path | None, quantization: Quantization
+) -> PackedModel | None:
+    """The loaded model's matrices as the CPU kernels read them; None where these do not compute it.
+
+    The model loses them, and gets what else is still stored. Raises ConfigError where the checkpoint cannot give it.
+    """
+    if kernels is None or not packs(config, loaded.config, kernels):
+        return None
+    assert isinstance(loaded.model, DecoderForCausalLM)
+    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads(), quantization)
+    packed = pack_model(loaded.model, loaded.config, packer)
+    loaded.fill()
+    return packed
+
+
 def choose_backend(
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     *,
     kernels: Path | None,
@@ -78,23 +157,29 @@ def choose_backend(
     max_model_len: int,
     max_blocks: int,
 ) -> Backend:
-    """Makes the executor, which may take the model's weights and seconds.
+    """Makes the executor.
 
     Args:
+        packed: Of `pack_weights`.
         kernels: Of `cpu_kernels`.
         exchange: With the other ranks of this one's group.
         max_model_len: Tokens of the longest request.
         max_blocks: Blocks of it.
     """
     device, shard = kv_cache.device, loaded.shard
+    choice = choose_way(
+        config, loaded.config, kv_cache.layout, device, has_cpu_kernels=kernels is not None, pp_size=shard.pp_size
+    )
+    if choice.because:
+        log.warning("computing in plain torch, several times slower than our kernels: %s", choice.because)
     if kernels is not None:
-        return _cpu_backend(kernels, config, loaded, kv_cache, exchange, max_model_len)
-    if config.compile:
+        return _cpu_backend(kernels, config, loaded, packed, kv_cache, exchange, max_model_len)
+    if choice.way is Way.COMPILED:
         # Imports torch's compiler.
         from engine.compiled import compile_layers
 
         compile_layers(loaded.model, kv_cache)
-    elif config.kernels == "auto" and shard.pp_size == 1 and can_use_kernels(loaded.config, device):
+    elif choice.way is Way.CUDA_KERNELS:
         # Imports Triton.
         from engine.cuda.executor import CudaExecutor
 
@@ -111,17 +196,14 @@ def _cpu_backend(
     path: Path,
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     exchange: Exchange | None,
     max_model_len: int,
 ) -> Backend:
     num_threads = torch.get_num_threads()
     sampling = CpuSampling(path, vocab_size=loaded.config.vocab_size, num_threads=num_threads)
-    if kv_cache.layout == PLAIN:
-        log.warning(
-            "computing in plain torch, several times slower than the CPU kernels: these serve Llama and its relatives "
-            "in float32 and bfloat16, with blocks and heads of a multiple of 16"
-        )
+    if packed is None:
         executor = TorchExecutor(loaded.model, kv_cache, last_stage=loaded.shard.last_stage)
         return Backend(executor, sampling, kv_cache.device)
     sums: SharedSums | SumsBetween | None = None
@@ -132,6 +214,7 @@ def _cpu_backend(
     cpu_executor = CpuExecutor(
         Kernels(path, kv_cache.dtype),
         loaded,
+        packed,
         kv_cache,
         max_tokens=config.max_num_batched_tokens,
         max_position=max_model_len,

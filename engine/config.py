@@ -38,6 +38,11 @@ class EngineConfig:
     )
     device: str = option("where it computes", default="auto", choices=("auto", "cpu", "cuda"))
     block_size: int = option("tokens in a KV block", default=16)
+    kv_cache_dtype: str = option(
+        "what keys and values are stored in; auto: as the model computes; int8: with a scale for each token and head",
+        default="auto",
+        choices=("auto", "int8"),
+    )
     kv_cache_bytes: int | None = option(
         "bytes of KV cache; default: 1 GiB and at most half of the free memory, on CUDA most of what is free",
         default=None,
@@ -94,6 +99,11 @@ class EngineConfig:
         if self.dtype == "auto":
             return "bfloat16" if self.torch_device.type == "cuda" else "float32"
         return self.dtype
+
+    @property
+    def kv_dtype_name(self) -> str:
+        """`kv_cache_dtype`, decided."""
+        return self.dtype_name if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
 @dataclass(frozen=True, slots=True)

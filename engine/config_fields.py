@@ -18,13 +18,13 @@ class Fields:
         where: The file, as error messages name it.
         values: What it says.
         prefix: Put before field names in messages, e.g. "rope_parameters.".
-        names: Fields that this file calls otherwise: the name by which they are asked for to its own.
+        names: Fields that may be called otherwise: the name by which they are asked for to others, which go before it.
     """
 
     where: str
     values: Mapping[str, object]
     prefix: str = ""
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return self.value(name) is not None
@@ -90,4 +90,6 @@ class Fields:
         return value
 
     def _own(self, name: str) -> str:
-        return self.names.get(name, name)
+        """What the file calls it; what it would, where it is not there."""
+        names = (*self.names.get(name, ()), name)
+        return next((own for own in names if self.values.get(own) is not None), names[0])

@@ -63,6 +63,9 @@ class AlibiPositions:
     """Each head adds to a score its slope times the distance, at most 0. https://arxiv.org/abs/2108.12409"""
 
 
+Positions = RotaryPositions | LearnedPositions | AlibiPositions
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
     """What attention has beside its four maps.
@@ -148,7 +151,7 @@ class DecoderLayers(LayersConfig):
     """
 
     norm: NormConfig
-    positions: RotaryPositions | LearnedPositions | AlibiPositions
+    positions: Positions
     attention: AttentionConfig = AttentionConfig()
     mlp: MlpConfig = MlpConfig()
     experts: ExpertsConfig | None = None

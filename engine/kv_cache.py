@@ -10,6 +10,8 @@ Of the tile, the tokens of one block in one layer and head, there are two orders
     dot     K [dim / pack][token][pack], V [token / pack][dim][pack]
 
 The second is what a CPU's dot products read: pack is how many values one multiply-add takes (2 of bfloat16, else 1).
+
+Where the cache stores int8 (engine/kv_int8.py), a tile's float32 scales lie behind its values: [K, V][token].
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.kv_int8 import dequantize, quantize
 from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import map_shared, private_memory, shared_memory
@@ -40,10 +43,47 @@ class KVLayout:
 
 PLAIN = KVLayout()
 
+_SCALE_BYTES = 4
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one whole block: K and V of `block_size` tokens over all heads and layers."""
-    return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+
+def bytes_per_block(config: ModelConfig, block_size: int, kv_dtype: torch.dtype) -> int:
+    """Bytes of one whole block: K and V of `block_size` tokens over all heads and layers, and the scales of int8."""
+    return config.num_layers * config.num_kv_heads * _Tile(block_size, config.head_dim, kv_dtype).num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """K and V of one block in one layer and head."""
+
+    block_size: int
+    head_dim: int
+    kv_dtype: torch.dtype
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 * self.block_size * self.head_dim * self.kv_dtype.itemsize
+
+    @property
+    def scales_begin(self) -> int:
+        """Behind the values, where a float32 may lie."""
+        return -(-self.value_bytes // _SCALE_BYTES) * _SCALE_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        if self.kv_dtype != torch.int8:
+            return self.value_bytes
+        return self.scales_begin + 2 * self.block_size * _SCALE_BYTES
+
+    def values(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[..., 2, block_size, head_dim], a view of bytes [..., num_bytes]."""
+        values = tiles[..., : self.value_bytes].view(self.kv_dtype)
+        return values.view(*tiles.shape[:-1], 2, self.block_size, self.head_dim)
+
+    def scales(self, tiles: torch.Tensor) -> torch.Tensor | None:
+        """[..., 2, block_size], likewise; None where values have none."""
+        if self.kv_dtype != torch.int8:
+            return None
+        return tiles[..., self.scales_begin :].view(torch.float32).view(*tiles.shape[:-1], 2, self.block_size)
 
 
 class KVCache:
@@ -55,8 +95,11 @@ class KVCache:
 
     Attributes:
         data: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim] of the region; index 0 of the fourth is K.
-            On a CPU a strided view of the whole blocks, on a device contiguous; a tile's K and V lie side by side.
+            On a CPU a strided view of the whole blocks, on a device of the region alone; a tile's K and V lie side by
+            side.
             The last two dimensions are a tile's: what they say of tokens and dims holds in the plain layout only.
+        scales: [num_blocks, num_kv_heads, num_layers, 2, block_size] of int8, in either layout; else None.
+        dtype: What attention computes in.
         num_layers, num_kv_heads: Of the region.
         file: Where the whole blocks lie, as long as others may be lent them; else None.
     """
@@ -69,6 +112,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
         layout: KVLayout = PLAIN,
         kv_heads: range | None = None,
         layers: range | None = None,
@@ -79,6 +123,7 @@ class KVCache:
 
         Args:
             config: Of the whole model.
+            kv_dtype: What is stored: torch.int8, or None for `dtype`.
             kv_heads: Those of the region; None: all.
             layers: Those of the region; None: all.
             lend: The whole blocks lie in `file`, for other processes of this host to read.
@@ -100,7 +145,11 @@ class KVCache:
         self.num_kv_heads = len(kv_heads)
         self.head_dim = config.head_dim
         self.layout = layout
-        self._block_bytes = bytes_per_block(config, block_size, dtype)
+        self.dtype = dtype
+        kv_dtype = kv_dtype or dtype
+        assert kv_dtype in (dtype, torch.int8)
+        tile = _Tile(block_size, self.head_dim, kv_dtype)
+        self._block_bytes = bytes_per_block(config, block_size, kv_dtype)
         num_bytes = num_blocks * self._block_bytes
         assert memory is None or memory.num_bytes == num_bytes
         self.file: MemoryFile | None
@@ -110,26 +159,25 @@ class KVCache:
                 self._host, self.file = map_shared(memory.descriptor, num_bytes), memory
             else:
                 self._host, self.file = shared_memory(num_bytes) if lend else (private_memory(num_bytes), None)
-            whole = torch.frombuffer(self._host, dtype=dtype).view(
-                num_blocks, config.num_kv_heads, config.num_layers, 2, block_size, config.head_dim
+            whole = torch.frombuffer(self._host, dtype=torch.uint8).view(
+                num_blocks, config.num_kv_heads, config.num_layers, tile.num_bytes
             )
             self._in_host = whole[:, kv_heads.start : kv_heads.stop, layers.start : layers.stop]
-            self.data = (
-                self._in_host if device.type == "cpu" else torch.empty(self._in_host.shape, dtype=dtype, device=device)
+            self._tile_bytes = (
+                self._in_host
+                if device.type == "cpu"
+                else torch.empty(self._in_host.shape, dtype=torch.uint8, device=device)
             )
         except (RuntimeError, OSError) as error:
             raise ConfigError(
                 f"no memory for a KV cache of {num_bytes / 2**30:.1f} GiB on {device}: configure fewer blocks"
             ) from error
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
+        self.data, self.scales = tile.values(self._tile_bytes), tile.scales(self._tile_bytes)
 
     @property
     def region_bytes(self) -> int:
         """Of all blocks, what belongs to the region."""
-        return self.data.numel() * self.data.itemsize
+        return self._tile_bytes.numel()
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +193,10 @@ class KVCache:
         """
         keys, values = self._tiles(layer)
         blocks, offsets = slot_mapping // self.block_size, slot_mapping % self.block_size
+        if self.scales is not None:
+            k, k_scales = quantize(k)
+            v, v_scales = quantize(v)
+            self.scales[:, :, layer][blocks, :, :, offsets] = torch.stack((k_scales, v_scales), -1)
         if self.layout.pack is None:
             keys[blocks, :, offsets] = k
             values[blocks, :, offsets] = v
@@ -163,7 +215,12 @@ class KVCache:
             # [N, M, heads, dim / pack, token, pack] and [N, M, heads, token / pack, dim, pack]
             keys = keys.transpose(3, 4).flatten(4)
             values = values.transpose(4, 5).flatten(3, 4)
-        return keys.transpose(1, 2).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
+        keys, values = keys.transpose(1, 2).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
+        if self.scales is None:
+            return keys, values
+        # [N, M, heads, K or V, token] to [K or V, N, heads, M * token]
+        k_scales, v_scales = self.scales[:, :, layer][block_tables].permute(3, 0, 2, 1, 4).flatten(3)
+        return dequantize(keys, k_scales, self.dtype), dequantize(values, v_scales, self.dtype)
 
     def _tiles(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One layer's K and V, [num_blocks, num_kv_heads, *tile], the tile in its layout's dimensions."""
@@ -196,13 +253,13 @@ class KVCache:
         """Before views are read: the region of these blocks goes to its place in them."""
         if self.device.type != "cpu" and block_ids:
             ids = torch.tensor(block_ids)
-            self._in_host[ids] = self.data.index_select(0, ids.to(self.device)).cpu()
+            self._in_host[ids] = self._tile_bytes.index_select(0, ids.to(self.device)).cpu()
 
     def to_device(self, block_ids: Sequence[int]) -> None:
         """After views were written, before the blocks are used."""
         if self.device.type != "cpu" and block_ids:
             ids = torch.tensor(block_ids)
-            self.data.index_copy_(0, ids.to(self.device), self._in_host[ids].to(self.device))
+            self._tile_bytes.index_copy_(0, ids.to(self.device), self._in_host[ids].to(self.device))
 
 
 def _is_part(part: range, whole: int) -> bool:

@@ -1,7 +1,10 @@
-"""From what a person names to a model that runs: open, check, then fill the parameters one by one."""
+"""From what a person names to a model that runs: open, check, then fill the parameters one by one.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+Matrices that are to be packed stay in the checkpoint; their packer reads them straight into their places.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,17 +14,16 @@ from engine.models import build_model
 from engine.models.causal_lm import CausalLM
 from engine.models.parallel_layers import Reduce, alone, is_quantizable
 from engine.parallel.shard import Shard, shard_of
-from engine.weights.checkpoint import WHOLE, Checkpoint, Part, StoredTensor, part_bytes
+from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.places import TensorPlaces
-from engine.weights.quantized import GROUP, QuantizedWeight, Quantizer, WeightFormat
+from engine.weights.quantized import UNQUANTIZED, Quantization, WeightFormat
+from engine.weights.room import check_room
 from engine.weights.source import open_checkpoint
+from engine.weights.stored import Progress, StoredMatrix
 from pdmesh.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Of a matrix that is quantised: read at a time.
-_PIECE_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,40 +44,39 @@ ALONE = Split()
 
 
 @dataclass(frozen=True, slots=True)
-class Quantization:
-    """How matrices are quantised as they are loaded.
+class LoadedModel:
+    """A model, or a rank's shard of one, ready to run but for the matrices that are `stored`.
 
     Attributes:
-        format: None: not at all.
-        quantizer: None: in plain torch.
+        digest: What tells the model apart: 64 hex digits.
+        dtype: What it computes in.
+        num_bytes: Of the parameters, before an executor takes them.
+        stored: The parameters that have no values yet. Whoever packs one takes it out.
     """
-
-    format: WeightFormat | None = None
-    quantizer: Quantizer | None = None
-
-
-UNQUANTIZED = Quantization()
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model, or a rank's shard of one, ready to run, and what tells the model apart (`digest`, 64 hex digits)."""
 
     model: CausalLM
     config: ModelConfig
     digest: str
     shard: Shard
+    dtype: torch.dtype
+    num_bytes: int
+    stored: dict[torch.Tensor, StoredMatrix] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.config.name
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the parameters and quantised weights, before an executor takes them."""
-        quantized = (module.quantized for module in self.model.modules() if is_quantizable(module))
-        num_quantized = sum(weight.nbytes for weight in quantized if weight is not None)
-        return num_quantized + sum(parameter.nbytes for parameter in self.model.parameters())
+    def fill(self) -> None:
+        """Reads what is still stored into the model, on the CPU. Raises ConfigError."""
+        for name, parameter in list(self.model.named_parameters()):
+            if matrix := self.stored.pop(parameter, None):
+                _assign(self.model, name, matrix.read())
+                matrix.done()
+
+
+def fill_all(config: ModelConfig) -> bool:
+    """That no matrix of any model stays in its checkpoint."""
+    return False
 
 
 def load_model(
@@ -84,6 +85,7 @@ def load_model(
     device: torch.device,
     on_progress: Callable[[int, int], None],
     split: Split = ALONE,
+    keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     quantization: Quantization = UNQUANTIZED,
 ) -> LoadedModel:
     """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor, or of a
@@ -92,7 +94,10 @@ def load_model(
     Args:
         source: A Hugging Face model directory, a .gguf file or a Hub id.
         dtype: A key of `DTYPES`: what parameters are converted to, and what the model computes in.
-        on_progress: Called with (bytes read, bytes in all), at the start and after each tensor.
+        on_progress: Called with (bytes read, bytes in all), at the start and after each tensor, also when those that
+            stay in the checkpoint are read.
+        keeps_stored: Whether the matrices of such a model stay there, for whoever packs them.
+        quantization: Of matrices, as they are read here or packed.
 
     Raises:
         ConfigError: naming the file, the tensor or field, and what to do.
@@ -101,33 +106,38 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    places = _places(checkpoint)
-    _check(places, checkpoint)
+    places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
+    num_bytes = sum(num for _, num in weight_bytes(model, DTYPES[dtype], quantization.format))
+    check_room(source, num_bytes, dtype, device)
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
     ]
-    if quantization.format is not None:
-        _check_groups(model, wanted, quantization.format)
-    total = sum(part_bytes(tensor, part) for tensor, _, part in wanted)
-    done = 0
-    on_progress(done, total)
+    progress = Progress(sum(part_bytes(tensor, part) for tensor, _, part in wanted), on_progress)
+    keeps = keeps_stored(checkpoint.config)
+    stored: dict[torch.Tensor, StoredMatrix] = {}
     for tensor, name, part in wanted:
+        parameter = model.get_parameter(name)
+        matrix = StoredMatrix(tensor, part, DTYPES[dtype], checkpoint, progress)
         module, leaf = _owner(model, name)
-        if quantization.format is not None and is_quantizable(module) and leaf == "weight":
-            quantized = _read_quantized(checkpoint, tensor, part, DTYPES[dtype], quantization)
+        weight_format = quantization.format if is_quantizable(module) and leaf == "weight" else None
+        if weight_format is not None:
+            matrix.check_groups(weight_format)
+        if keeps and parameter.dim() == 2:
+            stored[parameter] = matrix
+        elif weight_format is not None and is_quantizable(module):
+            module.quantized = matrix.read_quantized(weight_format, quantization.quantizer).to(device)
             module.register_parameter(leaf, None)
-            module.quantized = quantized.to(device)
+            matrix.done()
         else:
-            values = checkpoint.read(tensor.name, DTYPES[dtype], part)
-            module.register_parameter(leaf, nn.Parameter(values.to(device), requires_grad=False))
-        done += part_bytes(tensor, part)
-        on_progress(done, total)
-    # The parameters are there already: this moves what the model computed for itself.
-    model.to(device)
-    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard)
+            _assign(model, name, matrix.read().to(device))
+            matrix.done()
+    if not keeps:
+        # The parameters are there already: this moves what the model computed for itself.
+        model.to(device)
+    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
 
 
 def _places(checkpoint: Checkpoint) -> TensorPlaces:
@@ -147,8 +157,12 @@ def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, P
     return held
 
 
-def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError where a parameter of the whole model has no tensor, a tensor no place, or shapes differ."""
+def check_tensors(checkpoint: Checkpoint) -> TensorPlaces:
+    """Where the whole model's tensors lie.
+
+    Raises ConfigError where a parameter has no tensor, a tensor no place, or shapes differ.
+    """
+    places = _places(checkpoint)
     shapes = places.stored_shapes()
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
@@ -167,6 +181,17 @@ def _check(places: TensorPlaces, checkpoint: Checkpoint) -> None:
                 f"{tensor.file}: tensor {tensor.name} has no place in {checkpoint.config.architecture} with this "
                 "config: get config and weights from the same place"
             )
+    return places
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> Iterator[tuple[str, int]]:
+    """Names and bytes of a model's parameters as `dtype`, its matrices in `weight_format` where there is one."""
+    for name, parameter in model.named_parameters():
+        module, leaf = _owner(model, name)
+        if weight_format is not None and is_quantizable(module) and leaf == "weight":
+            yield name, weight_format.num_bytes(*parameter.shape)
+        else:
+            yield name, parameter.numel() * dtype.itemsize
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -175,41 +200,6 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), leaf
 
 
-def _check_groups(
-    model: nn.Module, wanted: Sequence[tuple[StoredTensor, str, Part]], weight_format: WeightFormat
-) -> None:
-    """Raises ConfigError where a rank's columns cut through a group: its weights would not be those of the whole."""
-    for tensor, name, part in wanted:
-        module, _ = _owner(model, name)
-        if part.columns is None or not is_quantizable(module):
-            continue
-        columns, num_columns = part.columns, Part(transposed=part.transposed).shape_of(tensor.shape)[1]
-        if columns.start % GROUP or (columns.stop % GROUP and columns.stop != num_columns):
-            raise ConfigError(
-                f"--quantization {weight_format.name} has a scale for each {GROUP} columns, and a rank would hold "
-                f"columns {columns.start} to {columns.stop} of {tensor.name}: choose another --tp, or none"
-            )
-
-
-def _read_quantized(
-    checkpoint: Checkpoint, tensor: StoredTensor, part: Part, dtype: torch.dtype, quantization: Quantization
-) -> QuantizedWeight:
-    """A matrix, or a part of one, read and quantised piece by piece."""
-    assert quantization.format is not None
-    n, k = part.shape_of(tensor.shape)
-    quantized = QuantizedWeight.empty(quantization.format, n, k, dtype)
-    # Whole heads, which of some tensors alone can be read.
-    head_dim = checkpoint.config.head_dim
-    rows_each = max(1, _PIECE_VALUES // k // head_dim) * head_dim
-    stored = 0
-    for run in part.runs_of(tensor.shape):
-        for begin in range(0, len(run), rows_each):
-            # In float32: what the file's own scales and integers make may be no number of `dtype`.
-            piece = replace(part, rows=run[begin : begin + rows_each])
-            values = checkpoint.read(tensor.name, torch.float32, piece)
-            try:
-                quantized.store_rows(stored, values, quantization.quantizer)
-            except ConfigError as error:
-                raise ConfigError(f"{tensor.file}: tensor {tensor.name} {error}: get the file anew") from error
-            stored += len(values)
-    return quantized
+def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    module, leaf = _owner(model, name)
+    module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))

@@ -7,7 +7,7 @@ LongRoPE: https://arxiv.org/abs/2402.13753.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
@@ -159,11 +159,23 @@ def rope_from_hf(config: Fields, max_position: int) -> RopeConfig:
     for holder in (config, parameters):
         if holder.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
             holder.refuse("partial_rotary_factor", "rotating a part of each head is not supported")
+    return _whole_rope(config, parameters, theta, type_name, max_position)
+
+
+def rope_from_parameters(parameters: Fields, max_position: int, default_theta: float) -> RopeConfig:
+    """As `rope_from_hf`, of one description among several that a model has. Raises ConfigError."""
+    theta = parameters.number("rope_theta", 1.0001, MAX_THETA, default_theta)
+    return _whole_rope(Fields(parameters.where, {}), parameters, theta, "rope_type", max_position)
+
+
+def _whole_rope(config: Fields, parameters: Fields, theta: float, type_name: str, max_position: int) -> RopeConfig:
     match parameters.text(type_name, "default"):
         case "default":
             return RopeConfig(theta)
+        case "dynamic":
+            return _dynamic(parameters, theta)
         case "linear":
-            return RopeConfig(theta, LinearScaling(parameters.number("factor", 1.0, MAX_FACTOR)))
+            return RopeConfig(theta, _linear(parameters))
         case "llama3":
             return RopeConfig(
                 theta, _llama3_from_hf(parameters, _original_max_position(config, parameters, max_position))
@@ -172,11 +184,11 @@ def rope_from_hf(config: Fields, max_position: int) -> RopeConfig:
             original = _original_max_position(config, parameters, max_position)
             return RopeConfig(theta, _yarn_from_hf(parameters, original, max_position))
         case _:
-            parameters.refuse(type_name, "supported are default, linear, llama3 and yarn")
+            parameters.refuse(type_name, "supported are default, linear, dynamic, llama3 and yarn")
 
 
 def partial_rope_from_hf(config: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """As `rope_from_hf`, of a model that may turn a part of each head, as trained or stretched by longrope (Phi-3)."""
+    """As `rope_from_hf`, of a model that may turn a part of each head (Phi-3, GPT-NeoX)."""
     parameters, theta, type_name = _hf_parameters(config)
     holder = parameters if parameters.has("partial_rotary_factor") else config
     rotary_dim = int(head_dim * holder.number("partial_rotary_factor", 0.0, 1.0, 1.0))
@@ -186,13 +198,17 @@ def partial_rope_from_hf(config: Fields, head_dim: int, max_position: int) -> Ro
     match parameters.text(type_name, "default"):
         case "default":
             return RopeConfig(theta, num_rotary_dims=num_rotary_dims)
+        case "dynamic":
+            return replace(_dynamic(parameters, theta), num_rotary_dims=num_rotary_dims)
+        case "linear":
+            return RopeConfig(theta, _linear(parameters), num_rotary_dims=num_rotary_dims)
         # What it was called at first.
         case "longrope" | "su" | "yarn":
             original = _original_max_position(config, parameters, max_position)
             scaling = _longrope_from_hf(parameters, rotary_dim // 2, original, max_position)
             return RopeConfig(theta, scaling, num_rotary_dims=num_rotary_dims)
         case _:
-            parameters.refuse(type_name, "supported are default and longrope")
+            parameters.refuse(type_name, "supported are default, linear, dynamic and longrope")
 
 
 def _hf_parameters(config: Fields) -> tuple[Fields, float, str]:
@@ -201,6 +217,17 @@ def _hf_parameters(config: Fields) -> tuple[Fields, float, str]:
     holder = parameters if parameters.has("rope_theta") else config
     theta = holder.number("rope_theta", 1.0001, MAX_THETA, DEFAULT_THETA)
     return parameters, theta, "rope_type" if parameters.has("rope_type") else "type"
+
+
+def _linear(parameters: Fields) -> LinearScaling:
+    return LinearScaling(parameters.number("factor", 1.0, MAX_FACTOR))
+
+
+def _dynamic(parameters: Fields, theta: float) -> RopeConfig:
+    """Frequencies as trained: what dynamic scaling gives for every text that is no longer than the trained length, and
+    a model is served no further, since beyond it each token more would turn all keys anew."""
+    parameters.number("factor", 1.0, MAX_FACTOR)
+    return RopeConfig(theta)
 
 
 def _longrope_from_hf(

@@ -12,10 +12,12 @@ import torch
 
 from engine.attention import Attention
 from engine.batch import Batch
-from engine.loader import ALONE, UNQUANTIZED, LoadedModel, Quantization, Split
-from engine.model_config import LayersConfig, ModelConfig
+from engine.decoder_config import AlibiPositions, DecoderLayers, NormConfig
+from engine.loader import ALONE, LoadedModel, Split, fill_all
+from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
+from engine.weights.quantized import UNQUANTIZED, Quantization
 
 FAKE_CONFIG = ModelConfig(
     name="fake",
@@ -31,7 +33,7 @@ FAKE_CONFIG = ModelConfig(
     tie_word_embeddings=False,
     eos_token_ids=(),
     bos_token_id=None,
-    layers=LayersConfig(),
+    layers=DecoderLayers(NormConfig("rms", 1e-6), AlibiPositions()),
 )
 
 
@@ -92,7 +94,8 @@ class FakeLoader:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
         quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         on_progress(1, 1)
-        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG))
+        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG), torch.float32, num_bytes=0)

@@ -9,9 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.batch import Batch
+from engine.cpu.library import Kernels
+from engine.cpu.packed_model import PackedModel, pack_model
+from engine.cpu.packing import Packer
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import UNQUANTIZED, LoadedModel, Quantization, load_model
+from engine.loader import LoadedModel, load_model
+from engine.models.decoder import DecoderForCausalLM
+from engine.weights.quantized import UNQUANTIZED, Quantization
 
 CPU = torch.device("cpu")
 
@@ -20,14 +25,35 @@ def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
     return TorchExecutor(loaded.model, kv_cache)
 
 
-def load(directory: Path, dtype: str = "float32", quantization: Quantization = UNQUANTIZED) -> LoadedModel:
-    return load_model(str(directory), dtype, CPU, lambda done, total: None, quantization=quantization)
+def load(
+    directory: Path, dtype: str = "float32", *, stored: bool = False, quantization: Quantization = UNQUANTIZED
+) -> LoadedModel:
+    """With `stored`, its matrices are left for a packer."""
+    return load_model(
+        str(directory),
+        dtype,
+        CPU,
+        lambda done, total: None,
+        keeps_stored=lambda config: stored,
+        quantization=quantization,
+    )
+
+
+def packed_for(
+    loaded: LoadedModel, kernels: Kernels, num_threads: int = 2, quantization: Quantization = UNQUANTIZED
+) -> PackedModel:
+    """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
+    assert isinstance(loaded.model, DecoderForCausalLM)
+    packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads, quantization))
+    loaded.fill()
+    return packed
 
 
 class Texts:
     """Texts computed side by side in one cache, whose blocks are scattered and begin as NaN.
 
     Args:
+        int8: What the cache stores.
         region: The cache holds but some heads and layers of its blocks: not the first, not the last.
         make_executor: Of the loaded model and the cache.
     """
@@ -39,6 +65,7 @@ class Texts:
         *,
         block_size: int = 4,
         layout: KVLayout = PLAIN,
+        int8: bool = False,
         region: bool = False,
         make_executor: Callable[[LoadedModel, KVCache], ModelExecutor] = plain_torch,
     ) -> None:
@@ -50,7 +77,7 @@ class Texts:
         # Block 0 belongs to no text: with it tables are padded.
         order = torch.randperm(len(texts) * blocks_each, generator=torch.Generator().manual_seed(1)) + 1
         self.tables = order.view(len(texts), blocks_each)
-        dtype = next(loaded.model.parameters()).dtype
+        dtype = loaded.dtype
         num_blocks = len(order) + 1
         config, kv_heads, layers = loaded.config, range(loaded.config.num_kv_heads), range(loaded.config.num_layers)
         if region:
@@ -62,11 +89,12 @@ class Texts:
             block_size=block_size,
             dtype=dtype,
             device=CPU,
+            kv_dtype=torch.int8 if int8 else None,
             layout=layout,
             kv_heads=kv_heads,
             layers=layers,
         )
-        self.cache.data.fill_(torch.nan)
+        (self.cache.data if self.cache.scales is None else self.cache.scales).fill_(torch.nan)
         self.executor = make_executor(loaded, self.cache)
 
     def step(self, num_tokens: dict[int, int], num_wanted: dict[int, int] | None = None) -> None:

@@ -1,8 +1,10 @@
 """Where the time of a step goes on a CPU: each kind of operation of the kernels, all layers together."""
 
+import ctypes
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 
@@ -20,9 +22,14 @@ CONTEXT = 200
 _REPEATS = 9
 _NAMES = {
     Kind.EMBED: "embedding",
+    Kind.ADD_POSITIONS: "embedding",
     Kind.RMS_NORM: "norms",
+    Kind.LAYER_NORM: "norms",
+    Kind.FINISH_HEADS: "norms",
+    Kind.NARROW: "norms",
     Kind.ATTEND: "attention",
     Kind.SELECT: "rows selected",
+    Kind.ROUTE: "experts",
 }
 
 
@@ -53,13 +60,23 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
         seconds["layers"].append(passed - began)
         seconds["logits"].append(time.perf_counter() - passed)
         sums: dict[str, float] = defaultdict(float)
-        for operation in executor._segments[0][0]:
+        for operations in _runs(executor._segments[0][0]):
             began = time.perf_counter()
-            executor._run(executor._step(batch), (Operation * 1)(operation), executor._model.num_weights)
-            sums[_name(operation)] += time.perf_counter() - began
+            executor._run(executor._step(batch), operations, executor._model.num_weights)
+            sums[_name(operations[0])] += time.perf_counter() - began
         for name, total in sums.items():
             seconds[name].append(total)
     return {f"{name}_ms": 1e3 * statistics.median(times) for name, times in seconds.items()}
+
+
+def _runs(operations: "ctypes.Array[Operation]") -> "Iterator[ctypes.Array[Operation]]":
+    """Single operations; those of a mixture together, whose routing lives as long as a run."""
+    run: list[Operation] = []
+    for operation in operations:
+        run.append(operation)
+        if run[0].kind != Kind.ROUTE or operation.kind == Kind.COMBINE_EXPERTS:
+            yield (Operation * len(run))(*run)
+            run = []
 
 
 def _name(operation: Operation) -> str:
@@ -69,6 +86,8 @@ def _name(operation: Operation) -> str:
     finish = {
         Finish.STORE: "",
         Finish.ADD: ", added",
+        Finish.NARROW: "",
+        Finish.ACTIVATE: ", activated",
         Finish.ACTIVATE_MULTIPLY: ", gated",
         Finish.PROJECT_HEADS: ", turned",
     }[operation.finish]

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.cpu.library import Rotation
+from engine.decoder_config import Positions, RotaryPositions
 from engine.rope import RopeConfig, rotation_table
 
 # The kernels read 16 values at once, which for the last pairs of narrow heads lie beyond a position's.
@@ -29,6 +30,10 @@ class Angles:
             num_turned=num_turned,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        return self._cosines.nbytes + self._sines.nbytes
+
     @staticmethod
     def of(rope: RopeConfig, head_dim: int, num_positions: int) -> "Angles":
         """Of positions from 0 on."""
@@ -38,3 +43,10 @@ class Angles:
     def none(head_dim: int) -> "Angles":
         """Of heads that do not turn: times 1, plus times 0."""
         return Angles(torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2), head_dim // 2)
+
+
+def angles_of(positions: Positions, head_dim: int, num_positions: int) -> list[Angles]:
+    """Of each way to turn; of positions that turn nothing, the one way not to."""
+    if not isinstance(positions, RotaryPositions):
+        return [Angles.none(head_dim)]
+    return [Angles.of(rope, head_dim, num_positions) for rope in positions.tables]

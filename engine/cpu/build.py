@@ -52,8 +52,11 @@ _AVX512 = frozenset(
 
 # The best first.
 X86_TARGETS = (
+    # All but the first that multiplied bfloat16 look up bytes in registers and multiply integers of 16 bits, too.
     Target(
-        "avx512-bf16", _AVX512 | {"avx512_bf16", "avx512vbmi"}, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+        "avx512-bf16",
+        _AVX512 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     ),
     Target("avx512", _AVX512, ("-march=x86-64-v4",)),
 )
@@ -74,12 +77,9 @@ def this_target() -> Target:
 
 def kernels_path(target: Target) -> Path:
     """The compiled kernels, compiled now if they were not before. Raises BuildError."""
-    name = _file_name(target)
-    if (_BUILT / name).exists():
-        return _BUILT / name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdmesh" / "kernels"
-    path = cache / name
+    path = _place(target)
     if not path.exists():
+        cache = path.parent
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with (cache / "lock").open("w") as lock:
@@ -92,12 +92,15 @@ def kernels_path(target: Target) -> Path:
     return path
 
 
+def check_kernels() -> None:
+    """Sees whether `kernels_path` can be expected to give kernels here, and compiles none. Raises BuildError."""
+    if not _place(this_target()).exists():
+        _compiler()
+
+
 def compile_kernels(target: Target, path: Path) -> None:
     """Raises BuildError where there is no compiler, or it fails."""
-    named = os.environ.get("CXX")
-    compiler = next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise BuildError(f"no C++ compiler ({named or ', '.join(_COMPILERS)}): install g++")
+    compiler = _compiler()
     began = time.monotonic()
     log.info("compiling the CPU kernels for %s, once", target.name)
     # In the target's directory, so that the last step is a rename: whoever finds the file finds all of it.
@@ -110,6 +113,22 @@ def compile_kernels(target: Target, path: Path) -> None:
             raise BuildError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
         output.replace(path)
     log.info("compiled the CPU kernels in %.1f s", time.monotonic() - began)
+
+
+def _place(target: Target) -> Path:
+    """Where the kernels lie, or are put when they are compiled."""
+    name = _file_name(target)
+    if (_BUILT / name).exists():
+        return _BUILT / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdmesh" / "kernels" / name
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    compiler = next((found for name in ([named] if named else _COMPILERS) if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler ({named or ', '.join(_COMPILERS)}): install g++")
+    return compiler
 
 
 def _file_name(target: Target) -> str:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import Batch
-from engine.cpu.angles import Angles
+from engine.cpu.angles import angles_of
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
-from engine.cpu.packed_model import pack_model
-from engine.cpu.packing import PACK, Packer, padded
+from engine.cpu.packed_model import PackedModel
+from engine.cpu.packing import PACK, padded
 from engine.cpu.program import MAX_EXPERTS, Program, Rows
-from engine.decoder_config import AlibiPositions, DecoderLayers, LearnedPositions, RotaryPositions
+from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
 from engine.loader import LoadedModel
 from engine.model_config import ModelConfig
@@ -28,14 +28,22 @@ _MAX_HEAD_DIM = 256
 _MIN_SHARED_WORK = 5_000_000
 
 
-def cpu_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout | None:
-    """The KV layout that the kernels read; None where they cannot serve the model."""
+def cpu_layout(
+    config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> KVLayout | None:
+    """The KV layout that the kernels read; None where they cannot serve the model.
+
+    Args:
+        dtype: What the model computes in.
+        kv_dtype: What K and V are stored in: torch.int8, or None for `dtype`.
+    """
     experts = DecoderLayers.of(config).experts
     if experts is not None and (experts.num_experts > MAX_EXPERTS or DecoderLayers.of(config).mlp.bias):
         return None
     if dtype not in PACK or block_size % _LANES or config.head_dim % _LANES or config.head_dim > _MAX_HEAD_DIM:
         return None
-    return KVLayout(PACK[dtype])
+    # int8 becomes integers of 16 bits, of which a multiply-add takes two.
+    return KVLayout(2 if kv_dtype == torch.int8 else PACK[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +64,10 @@ SumsBetween = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CpuExecutor:
-    """A `ModelExecutor`. Takes the model's weights out of it.
+    """A `ModelExecutor`.
 
     Args:
+        packed: The matrices of the loaded model, whose other parameters have values.
         kv_cache: In `cpu_layout`; of the heads and layers of the model's shard.
         max_tokens: Of a step.
         max_position: Tokens of the longest request.
@@ -69,6 +78,7 @@ class CpuExecutor:
         self,
         kernels: Kernels,
         loaded: LoadedModel,
+        packed: PackedModel,
         kv_cache: KVCache,
         *,
         max_tokens: int,
@@ -86,9 +96,11 @@ class CpuExecutor:
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, config, Packer(kernels))
-        angles = _angles(layers.positions, config.head_dim, max_position)
-        self._model = lower_decoder(loaded.model.model, layers, packed, shard, angles, self._program, partial_rows)
+        angles = angles_of(layers.positions, config.head_dim, max_position)
+        int8_kv = kv_cache.scales is not None
+        self._model = lower_decoder(
+            loaded.model.model, layers, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv
+        )
         self._sum_between = sums if callable(sums) else None
         self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
             self._program.segments() if self._sum_between else [(self._program.compile(), None)]
@@ -98,6 +110,7 @@ class CpuExecutor:
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
         self._decoder = Decoder(
             cache=kv_cache.data.data_ptr(),
+            int8_cache=int8_kv,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=config.head_dim,
@@ -175,12 +188,3 @@ class CpuExecutor:
     def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
         num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
         self._kernels.run(self._decoder, step, operations, num_threads)
-
-
-def _angles(
-    positions: RotaryPositions | LearnedPositions | AlibiPositions, head_dim: int, max_position: int
-) -> list[Angles]:
-    """Of each way to turn."""
-    if not isinstance(positions, RotaryPositions):
-        return [Angles.none(head_dim)]
-    return [Angles.of(rope, head_dim, max_position) for rope in positions.tables]

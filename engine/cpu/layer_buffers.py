@@ -29,7 +29,7 @@ class LayerBuffers:
 
     Attributes:
         normed: What products read of the residual.
-        heads: Sums of q, k and v, where heads are normalised.
+        heads: Sums of q, k and v, where heads are needed whole.
         sums: What is normalised before it is added to the residual.
         experts: None: no layer has a mixture.
     """

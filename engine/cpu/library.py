@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from engine.weights.checkpoint import FileRows
 from engine.weights.quantized import FORMATS, QuantizedWeight
 
 # Before the kernels: torch brings its OpenMP, and a second one beside it would mean twice the threads.
@@ -21,7 +22,7 @@ class Kind(IntEnum):
     ATTEND = 3
     SELECT = 4
     REDUCE = 5
-    NORMALIZE_HEADS = 6
+    FINISH_HEADS = 6
     LAYER_NORM = 7
     NARROW = 8
     ADD_POSITIONS = 9
@@ -125,6 +126,7 @@ class Group(ctypes.Structure):
 class Decoder(ctypes.Structure):
     _fields_ = (
         ("cache", ctypes.c_void_p),
+        ("int8_cache", ctypes.c_int32),
         ("num_heads", ctypes.c_int64),
         ("num_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
@@ -149,6 +151,29 @@ class Step(ctypes.Structure):
         ("output_lens", ctypes.c_void_p),
         ("block_tables", ctypes.c_void_p),
     )
+
+
+class Source(ctypes.Structure):
+    """Rows of a matrix in memory (file -1, offset the address), or in a file. See kernels/packing.cpp."""
+
+    _fields_ = (
+        ("file", ctypes.c_int32),
+        ("encoding", ctypes.c_int32),
+        ("offset", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+    )
+
+
+# kernels/packing.cpp: Encoding.
+_ENCODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class PackStatus(IntEnum):
+    """What packing came to, where the system did not refuse to read (an errno, above zero)."""
+
+    PACKED = 0
+    NOT_FINITE = -1
+    CUT_SHORT = -2
 
 
 class Meetings:
@@ -197,11 +222,12 @@ class Kernels:
         self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int32]
         self._run.restype = None
         self._pack = library[f"pdmesh_pack_{name}"]
-        self._pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
-        self._pack.restype = None
+        self._pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+        self._pack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
+        self._pack.restype = ctypes.c_int64
         self._pack_quantized = {name: library[f"pdmesh_pack_{name}"] for name in FORMATS}
         for pack in self._pack_quantized.values():
-            pack.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
+            pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
             pack.restype = None
 
     def run(self, decoder: Decoder, step: Step, operations: "ctypes.Array[Operation]", num_threads: int) -> None:
@@ -209,19 +235,38 @@ class Kernels:
         pointers = (ctypes.addressof(decoder), ctypes.addressof(step), ctypes.addressof(operations))
         self._run(*pointers, len(operations), num_threads)
 
-    def pack(self, packed: torch.Tensor, matrix: torch.Tensor, base: int, group: int, stride: int) -> None:
-        """Stores `matrix` [n, k] in a packed one of as many columns: row i as its row
-        base + i // group * stride + i % group."""
-        assert matrix.is_contiguous()
-        assert matrix.dtype == packed.dtype == self.dtype
-        self._pack(packed.data_ptr(), matrix.data_ptr(), *matrix.shape, base, group, stride)
+    def pack(
+        self, packed: torch.Tensor, k: int, rows: torch.Tensor, source: torch.Tensor | FileRows, num_threads: int
+    ) -> int:
+        """Stores rows of a matrix in a packed one of as many inputs `k`, converted to its type.
 
-    def pack_quantized(self, packed: torch.Tensor, matrix: QuantizedWeight, base: int, group: int, stride: int) -> None:
-        """The same of a quantised matrix, in a packed one of its format."""
-        parts = (matrix.values, matrix.scales, matrix.minima)
-        assert all(part is None or part.is_contiguous() for part in parts)
-        addresses = [0 if part is None else part.data_ptr() for part in parts]
-        self._pack_quantized[matrix.format.name](packed.data_ptr(), *addresses, *matrix.shape, base, group, stride)
+        Args:
+            rows: int64; of each of the packed matrix' outputs, padding too, which row of the source it is; negative
+                where it stays as it is.
+            source: [rows, k], or where such rows lie in a file.
+
+        Returns:
+            A `PackStatus`, or the system's error number where the file cannot be read.
+        """
+        assert packed.dtype == self.dtype
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+        if isinstance(source, torch.Tensor):
+            assert source.stride(1) == 1 or k == 1
+            offset, row_bytes = source.data_ptr(), source.stride(0) * source.itemsize
+            place = Source(-1, _ENCODINGS[source.dtype], offset, row_bytes)
+        else:
+            place = Source(source.descriptor, _ENCODINGS[source.dtype], source.offset, source.row_bytes)
+        status: int = self._pack(packed.data_ptr(), k, rows.data_ptr(), len(rows), ctypes.addressof(place), num_threads)
+        return status
+
+    def pack_quantized(self, packed: torch.Tensor, rows: torch.Tensor, source: QuantizedWeight) -> None:
+        """As `pack`, of a quantised matrix in a packed one of its format."""
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+        n, k = source.shape
+        assert int(rows.max()) < n
+        self._pack_quantized[source.format.name](packed.data_ptr(), k, rows.data_ptr(), len(rows), *_addresses(source))
 
 
 class QuantizeKernels:
@@ -239,7 +284,11 @@ class QuantizeKernels:
         assert rows.dtype == torch.float32
         assert rows.is_contiguous()
         assert rows.shape == to.shape
-        parts = (to.values, to.scales, to.minima)
-        assert all(part is None or part.is_contiguous() for part in parts)
-        addresses = [0 if part is None else part.data_ptr() for part in parts]
-        self._quantize[to.format.name](rows.data_ptr(), *rows.shape, *addresses)
+        self._quantize[to.format.name](rows.data_ptr(), *rows.shape, *_addresses(to))
+
+
+def _addresses(quantized: QuantizedWeight) -> list[int]:
+    """Of values, scales and minima; 0 where there are none."""
+    parts = (quantized.values, quantized.scales, quantized.minima)
+    assert all(part is None or part.is_contiguous() for part in parts)
+    return [0 if part is None else part.data_ptr() for part in parts]

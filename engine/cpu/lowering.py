@@ -61,6 +61,8 @@ def lower_decoder(
     angles: Sequence[Angles],
     program: Program,
     partial_rows: PartialRows,
+    *,
+    int8_kv: bool,
 ) -> LoweredModel:
     """Appends a decoder's operations to `program`.
 
@@ -68,6 +70,7 @@ def lower_decoder(
         decoder: Of itself, norms and learned positions are read; its matrices are `packed`.
         layers: What it is made of.
         angles: Of each of its ways to turn; one where positions turn nothing.
+        int8_kv: Whether K and V are stored in 8 bits.
     """
     residual = program.rows(decoder.hidden_size, torch.float32)
     if shard.first_stage:
@@ -76,7 +79,12 @@ def lower_decoder(
     wanted = program.rows(decoder.hidden_size, torch.float32).of_outputs() if shard.last_stage else None
     partials = tuple(partial_rows(place, decoder.hidden_size) for place in (0, 1)) if shard.tp_size > 1 else None
     lowering = _LayerLowering(
-        program, layers, residual, LayerBuffers.of(packed.layers, decoder.hidden_size, program), partials
+        program,
+        layers,
+        residual,
+        LayerBuffers.of(packed.layers, decoder.hidden_size, program),
+        partials,
+        int8_kv=int8_kv,
     )
     positions = layers.positions
     for index, (layer, weights) in enumerate(zip(decoder.layers.values(), packed.layers, strict=True)):
@@ -101,18 +109,20 @@ def _lower_embedding(
 ) -> None:
     """residual = what enters the first layer."""
     assert packed.embedding is not None
-    width = packed.embedding.k
-    whole = residual if packed.project_in is None else program.rows(width, torch.float32)
-    embedded = partial_rows(2, width) if shard.tp_size > 1 else whole
+    first_token = shard.vocab.start
     # Transformers rounds it so.
     scale = torch.tensor(decoder.embedding_scale, dtype=program.dtype).item()
-    program.embed(packed.embedding, shard.vocab.start, embedded, scale)
+    embedded = partial_rows(2, residual.width) if shard.tp_size > 1 else residual
+    if packed.project_in is None:
+        program.embed(packed.embedding, first_token, embedded, scale)
+    else:
+        wide, narrow = program.rows(packed.embedding.k, torch.float32), program.rows(packed.embedding.k)
+        program.embed(packed.embedding, first_token, wide, scale)
+        program.narrow(wide, narrow)
+        program.project(narrow, packed.project_in, embedded, Finish.STORE)
     if shard.tp_size > 1:
-        program.reduce(embedded, whole, Finish.STORE)
-    if packed.project_in is not None:
-        narrow = program.rows(width)
-        program.narrow(whole, narrow)
-        program.project(narrow, packed.project_in, residual, Finish.STORE)
+        # Of each token, one rank's row and the others' zeros.
+        program.reduce(embedded, residual, Finish.STORE)
     if decoder.embed_positions is not None:
         program.add_positions(decoder.embed_positions.weight, decoder.embed_positions.offset, residual)
     if decoder.embed_norm is not None:
@@ -124,7 +134,7 @@ class _LayerLowering:
 
     Args:
         residual: What they read and add to.
-        partials: Where ranks that share layers put what they add, in turn; None: this rank has them alone.
+        partials: Where ranks that share layers put what attention and the MLP add; None: this rank has them alone.
     """
 
     def __init__(
@@ -134,6 +144,8 @@ class _LayerLowering:
         residual: Rows,
         buffers: LayerBuffers,
         partials: tuple[Rows, ...] | None,
+        *,
+        int8_kv: bool,
     ) -> None:
         self.buffers = buffers
         self._program = program
@@ -141,6 +153,7 @@ class _LayerLowering:
         self._activation = _ACTIVATIONS[layers.mlp.activation]
         self._residual = residual
         self._partials = partials
+        self._int8_kv = int8_kv
 
     def lower(
         self, index: int, layer: DecoderLayer, weights: PackedLayer, angles: Angles, wanted: Rows | None = None
@@ -162,15 +175,8 @@ class _LayerLowering:
             # Before attention is added, and after q, k and v have read what lies there.
             self.read_residual(layer.post_attention_layernorm)
         self._program.attend(index, self.buffers.queries, self.buffers.attended, layer.self_attn.scores)
-        if kind == "parallel" and self._partials is not None:
-            # One sum over the ranks serves both.
-            partial = self._partial(0)
-            self._attention_to(weights, partial, Finish.STORE)
-            self._mlp_to(weights.mlp, partial, Finish.ADD)
-            self._program.reduce(partial, self._residual, Finish.ADD)
-            return
         target, finish = self._begin_sum(0, layer.attention_output_layernorm)
-        self._attention_to(weights, target, finish)
+        self._program.project(self.buffers.attended, weights.output, target, finish)
         self._end_sum(target, layer.attention_output_layernorm)
         if kind == "post":
             self._normalize_residual(layer.input_layernorm)
@@ -195,18 +201,15 @@ class _LayerLowering:
 
     def _project_heads(self, index: int, layer: DecoderLayer, weights: PackedLayer, angles: Angles) -> None:
         buffers, program = self.buffers, self._program
-        if weights.head_scales is None:
+        norm = layer.self_attn.q_norm
+        if norm is None and not self._int8_kv:
             program.project_heads(buffers.normed, weights.qkv, buffers.queries, index, angles)
             return
-        # A head lies over several panels, which several threads may compute: it is normalised when all are there.
-        assert layer.self_attn.q_norm is not None
-        epsilon = layer.self_attn.q_norm.eps
+        # A head lies over several panels, which several threads may compute: it is normalised, and its K and V get
+        # their scales, when all are there.
         program.project(buffers.normed, weights.qkv, buffers.heads, Finish.STORE)
-        program.normalize_heads(buffers.heads, weights.head_scales, epsilon, buffers.queries, index, angles)
-
-    def _attention_to(self, weights: PackedLayer, target: Rows, finish: Finish) -> None:
-        """target = this rank's part of what attention gives, or that on top of what is there."""
-        self._program.project(self.buffers.attended, weights.output, target, finish)
+        epsilon = 0.0 if norm is None else norm.eps
+        program.finish_heads(buffers.heads, buffers.queries, index, angles, weights.head_scales, epsilon)
 
     def _mlp_to(self, mlp: PackedMlp | PackedMixture, target: Rows, finish: Finish) -> None:
         """target = this rank's part of what the MLP gives, or that on top of what is there."""
@@ -228,7 +231,8 @@ class _LayerLowering:
     def _begin_sum(self, place: int, norm: Norm | None) -> tuple[Rows, Finish]:
         """Where attention or the MLP puts its part of what is added to the residual, and how."""
         if self._partials is not None:
-            return self._partial(place), Finish.STORE
+            partial = self._partials[place]
+            return partial.of_outputs() if self._residual.outputs_only else partial, Finish.STORE
         return (self._residual, Finish.ADD) if norm is None else (self.buffers.sums, Finish.STORE)
 
     def _end_sum(self, target: Rows, norm: Norm | None) -> None:
@@ -239,8 +243,3 @@ class _LayerLowering:
             self._program.reduce(target, self.buffers.sums, Finish.STORE)
         if norm is not None:
             self._program.normalize(self.buffers.sums, row_norm(norm), self._residual, Finish.ADD)
-
-    def _partial(self, place: int) -> Rows:
-        assert self._partials is not None
-        partial = self._partials[place]
-        return partial.of_outputs() if self._residual.outputs_only else partial

@@ -13,9 +13,8 @@ from engine.models.decoder import DecoderForCausalLM
 from engine.models.decoder_layer import DecoderLayer
 from engine.models.experts import Mixture
 from engine.models.mlp import MLP
-from engine.models.parallel_layers import VocabParallelEmbedding, is_quantizable, weight_of
+from engine.models.parallel_layers import VocabParallelEmbedding, is_quantizable
 from engine.models.self_attention import SelfAttention
-from engine.weights.quantized import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,10 @@ class PackedMlp:
     @property
     def num_weights(self) -> int:
         return self.up.num_weights + self.down.num_weights
+
+    @property
+    def num_bytes(self) -> int:
+        return self.up.num_bytes + self.down.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,10 @@ class PackedMixture:
         of_experts = self.up.num_weights + self.down.num_weights
         return self.router.num_weights + of_experts * self.num_chosen // self.num_experts
 
+    @property
+    def num_bytes(self) -> int:
+        return self.router.num_bytes + self.up.num_bytes + self.down.num_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
@@ -70,6 +77,11 @@ class PackedLayer:
     def num_weights(self) -> int:
         """That one token is multiplied with."""
         return self.qkv.num_weights + self.output.num_weights + self.mlp.num_weights
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices in memory."""
+        return self.qkv.num_bytes + self.output.num_bytes + self.mlp.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +103,7 @@ class PackedModel:
 
 
 def pack_model(model: DecoderForCausalLM, config: ModelConfig, packer: Packer) -> PackedModel:
-    """Packs the model's matrices, taking each out of the model."""
+    """Packs the model's matrices, which it loses. Raises ConfigError where a checkpoint cannot give one of them."""
     decoder, layers = model.model, DecoderLayers.of(config)
     embedding = _packed_or_none(packer, decoder.embed_tokens)
     packed_layers = []
@@ -148,7 +160,7 @@ def _packed_mixture(mixture: Mixture, packer: Packer) -> PackedMixture:
     ups = [_taken(*(proj for proj in (expert.gate_proj, expert.up_proj) if proj is not None))[0] for expert in experts]
     downs = [_taken(expert.down_proj)[0] for expert in experts]
     return PackedMixture(
-        router=packer.side_by_side([router], [None]),
+        router=packer.side_by_side([router], [None], exact=True),
         up=packer.stacked(ups),
         down=packer.stacked(downs),
         num_experts=len(experts),
@@ -158,19 +170,17 @@ def _packed_mixture(mixture: Mixture, packer: Packer) -> PackedMixture:
 
 
 def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> PackedMatrix:
-    return packer.side_by_side(*_taken(*modules))
+    return packer.side_by_side(*_taken(*modules), exact=not all(map(is_quantizable, modules)))
 
 
 def _packed_or_none(packer: Packer, module: nn.Linear | VocabParallelEmbedding | None) -> PackedMatrix | None:
     return None if module is None else _packed(packer, module)
 
 
-def _taken(*modules: nn.Module) -> tuple[list[Weight], list[torch.Tensor | None]]:
-    """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
-    weights = [weight_of(module) for module in modules]
+def _taken(*modules: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Weights and biases, which the modules lose: they compute nothing."""
+    weights: list[torch.Tensor] = [module.get_parameter("weight") for module in modules]
     biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
     for module in modules:
         module.register_parameter("weight", None)
-        if is_quantizable(module):
-            module.quantized = None
     return weights, biases

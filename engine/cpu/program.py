@@ -89,6 +89,14 @@ class Program:
         self._kept: list[torch.Tensor | Angles] = []
         # Of each sum.
         self._partials: list[Rows] = []
+        # What operations write, by itself.
+        self._written: dict[int, torch.Tensor] = {}
+        self._num_copied_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the rows that operations write, and of copies of norms and positions. Other rows take no memory."""
+        return sum(values.nbytes for values in self._written.values()) + self._num_copied_bytes
 
     def rows(self, width: int, dtype: torch.dtype | None = None, *, per_token: int = 1) -> Rows:
         """A buffer, of the weights' dtype if none is given."""
@@ -103,7 +111,7 @@ class Program:
 
     def add_positions(self, table: torch.Tensor, offset: int, output: Rows) -> None:
         """output += each token's row of `table`, [positions + offset, width], whose row `offset` is of position 0."""
-        wide = _padded(table.to(self.dtype))
+        wide = self._copied(table.to(self.dtype))
         operation = Operation(kind=Kind.ADD_POSITIONS, k=wide.shape[1], first=offset)
         self._add(operation, None, output, weight=wide)
 
@@ -112,8 +120,8 @@ class Program:
         assert finish in (Finish.NARROW, Finish.STORE, Finish.ADD)
         kind = Kind.LAYER_NORM if norm.centred else Kind.RMS_NORM
         operation = Operation(kind=kind, finish=finish, epsilon=norm.epsilon, n=source.width)
-        bias = None if norm.bias is None else _padded(norm.bias.float())
-        self._add(operation, source, output, weight=_padded(norm.scale.float()), bias=bias)
+        bias = None if norm.bias is None else self._copied(norm.bias.float())
+        self._add(operation, source, output, weight=self._copied(norm.scale.float()), bias=bias)
 
     def narrow(self, source: Rows, output: Rows) -> None:
         """output = float32 rows, rounded to the weights' dtype."""
@@ -134,22 +142,25 @@ class Program:
         )
         self._project(operation, source, matrix, queries)
 
-    def normalize_heads(
-        self, sums: Rows, scales: torch.Tensor, epsilon: float, queries: Rows, layer: int, angles: Angles
+    def finish_heads(
+        self,
+        sums: Rows,
+        queries: Rows,
+        layer: int,
+        angles: Angles,
+        scales: torch.Tensor | None = None,
+        epsilon: float = 0.0,
     ) -> None:
-        """What `project_heads` does, of `sums` of such a matrix whose q and k are normalised head by head.
+        """What `project_heads` does, of `sums` of such a matrix: for where heads are needed whole.
 
         Args:
             sums: Float32.
-            scales: Of `Packer.head_scales`.
+            scales: Of `Packer.head_scales`, where q and k are normalised head by head.
+            epsilon: Of that norm.
         """
         self._kept.append(angles)
         operation = Operation(
-            kind=Kind.NORMALIZE_HEADS,
-            epsilon=epsilon,
-            layer=layer,
-            n=sums.width,
-            rotation=ctypes.pointer(angles.rotation),
+            kind=Kind.FINISH_HEADS, epsilon=epsilon, layer=layer, n=sums.width, rotation=ctypes.pointer(angles.rotation)
         )
         self._add(operation, sums, queries, weight=scales)
 
@@ -248,6 +259,7 @@ class Program:
     ) -> None:
         """Appends an operation, told where it reads and writes."""
         self._kept += [rows.values for rows in (source, output) if rows is not None]
+        self._written[id(output.values)] = output.values
         self._kept += [tensor for tensor in (weight, bias) if tensor is not None]
         operation.outputs_only = output.outputs_only
         if source is not None:
@@ -258,8 +270,9 @@ class Program:
         operation.bias = None if bias is None else bias.data_ptr()
         self._operations.append(operation)
 
-
-def _padded(values: torch.Tensor) -> torch.Tensor:
-    """Rows padded to whole vectors with zeros, contiguous."""
-    width = values.shape[-1]
-    return F.pad(values, (0, padded(width) - width)).contiguous()
+    def _copied(self, values: torch.Tensor) -> torch.Tensor:
+        """Rows padded to whole vectors with zeros, contiguous."""
+        width = values.shape[-1]
+        copied = F.pad(values, (0, padded(width) - width)).contiguous()
+        self._num_copied_bytes += copied.nbytes
+        return copied

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 class CudaExecutor:
     """A `ModelExecutor` that takes batches which lie on the host, and sends each to the device in one copy.
 
-    For models and devices of which `engine.cuda.support.can_use_kernels` is true. Making one takes seconds: kernels
-    are compiled, once per machine, and graphs recorded.
+    For models and devices for which `engine.cuda.support.no_kernels_because` has no reason. Making one takes seconds:
+    kernels are compiled, once per machine, and graphs recorded.
 
     Args:
         num_heads: Query heads of the model, or of its shard.

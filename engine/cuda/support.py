@@ -1,14 +1,11 @@
 """Whether the CUDA kernels can serve a model here. Imports neither Triton nor what needs it."""
 
 import importlib.util
-import logging
 
 import torch
 
 from engine.decoder_config import AlibiPositions, DecoderLayers
 from engine.model_config import ModelConfig
-
-log = logging.getLogger(__name__)
 
 # Beyond, a program's tile of queries does not fit.
 MAX_HEAD_DIM = 256
@@ -38,16 +35,10 @@ def unsupported(config: ModelConfig) -> str | None:
     return None
 
 
-def can_use_kernels(config: ModelConfig, device: torch.device) -> bool:
-    """Whether to make a `CudaExecutor`; where not, and the device is CUDA, a warning says why."""
-    if device.type != "cuda":
-        return False
+def no_kernels_because(config: ModelConfig, device: torch.device) -> str | None:
+    """Why no `CudaExecutor` can be made on a CUDA device; None: it can."""
     if importlib.util.find_spec("triton") is None:
-        reason: str | None = "Triton is not installed: pip install triton"
-    elif torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
-        reason = "the device is older than compute capability 8.0"
-    else:
-        reason = unsupported(config)
-    if reason is not None:
-        log.warning("computing in plain torch, several times slower than the CUDA kernels: %s", reason)
-    return reason is None
+        return "Triton is not installed: pip install triton"
+    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return "the device is older than compute capability 8.0"
+    return unsupported(config)

@@ -11,16 +11,29 @@ parallel_layers    linear maps and embeddings of which a rank holds a part
 
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig
-from engine.models import llama, mistral, phi3, qwen2, qwen3
+from engine.models import (
+    bloom,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from engine.models.causal_lm import CausalLM
 from engine.models.decoder import DecoderForCausalLM
 from engine.models.family import Family, GgufTensorFacts, read_gguf, read_hf
 from engine.models.parallel_layers import Reduce, alone
 from engine.parallel.shard import Shard, shard_of
 
-FAMILIES: dict[str, Family] = {
-    family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, phi3.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
-}
+_ALL = (bloom, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe)
+FAMILIES: dict[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in _ALL}
 KNOWN_ARCHITECTURES = tuple(FAMILIES)
 _BY_GGUF_NAME = {family.gguf.name: family for family in FAMILIES.values() if family.gguf is not None}
 

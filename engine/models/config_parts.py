@@ -17,6 +17,8 @@ _ACTIVATIONS: Final[dict[str, Activation]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+# Far beyond any model there is.
+MAX_EXPERTS: Final = 4096
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 

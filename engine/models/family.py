@@ -14,8 +14,8 @@ from pdmesh.errors import ConfigError
 
 # Far beyond any model there is, and small enough that products of two of them are sizes and not overflows.
 _MAX_VOCAB_SIZE = 2**22
-_MAX_HIDDEN_SIZE = 2**18
-_MAX_INTERMEDIATE_SIZE = 2**20
+MAX_HIDDEN_SIZE = 2**18
+MAX_INTERMEDIATE_SIZE = 2**20
 _MAX_LAYERS = 1024
 _MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
@@ -66,7 +66,7 @@ class Family:
         architecture: As config.json names it.
         complete: From config.json and what all models have: the whole config. Raises ConfigError.
         defaults: Fields that config.json may leave out, with the values that transformers takes then.
-        field_names: Fields that the family calls otherwise: the usual name to its own.
+        field_names: Fields that the family may call otherwise: the usual name to its own.
         intermediate_ratio: The MLP's columns by the hidden size, where config.json may leave them out.
         names: How checkpoints name and lay out tensors.
         gguf: None: not read from GGUF files.
@@ -75,7 +75,7 @@ class Family:
     architecture: str
     complete: Callable[[Fields, ModelConfig], ModelConfig]
     defaults: Mapping[str, object] = field(default_factory=dict)
-    field_names: Mapping[str, str] = field(default_factory=dict)
+    field_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     intermediate_ratio: int | None = None
     names: TensorNames = SAME_NAMES
     gguf: GgufFamily | None = None
@@ -91,7 +91,7 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
         fields.refuse(
             "quantization_config", "quantised safetensors are not supported; take the original or a GGUF file"
         )
-    hidden_size = fields.integer("hidden_size", 1, _MAX_HIDDEN_SIZE)
+    hidden_size = fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
     num_heads = fields.integer("num_attention_heads", 1, _MAX_HEADS)
     num_kv_heads = fields.integer("num_key_value_heads", 1, _MAX_HEADS, num_heads)
     if num_heads % num_kv_heads:
@@ -104,7 +104,7 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
         architecture=family.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size", 1, _MAX_INTERMEDIATE_SIZE, usual_columns),
+        intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE_SIZE, usual_columns),
         num_layers=fields.integer("num_hidden_layers", 1, _MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -125,7 +125,7 @@ def read_gguf(family: Family, metadata: Fields, facts: GgufTensorFacts, name: st
     fields = metadata.under(f"{gguf.name}.")
     if fields.integer("expert_count", 0, 2**16, 0):
         fields.refuse("expert_count", "mixtures of experts are not supported")
-    hidden_size = fields.integer("embedding_length", 1, _MAX_HIDDEN_SIZE)
+    hidden_size = fields.integer("embedding_length", 1, MAX_HIDDEN_SIZE)
     num_heads = fields.integer("attention.head_count", 1, _MAX_HEADS)
     num_kv_heads = fields.integer("attention.head_count_kv", 1, _MAX_HEADS, num_heads)
     if num_heads % num_kv_heads:
@@ -151,7 +151,7 @@ def read_gguf(family: Family, metadata: Fields, facts: GgufTensorFacts, name: st
         architecture=family.architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("feed_forward_length", 1, _MAX_INTERMEDIATE_SIZE),
+        intermediate_size=fields.integer("feed_forward_length", 1, MAX_INTERMEDIATE_SIZE),
         num_layers=fields.integer("block_count", 1, _MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

@@ -13,9 +13,10 @@ from engine.models.family import Family
 from engine.rope import rope_from_hf
 
 
-def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
+def complete(fields: Fields, config: ModelConfig) -> ModelConfig:
+    """Of Mistral; Mixtral has the same beside its experts. Raises ConfigError."""
     if fields.has("layer_types"):
-        fields.refuse("layer_types", "Mistral has one window for all layers, sliding_window: remove the field")
+        fields.refuse("layer_types", "the family has one window for all layers, sliding_window: remove the field")
     layers = DecoderLayers(
         norm=rms_norm_from_hf(fields),
         positions=turns_by(rope_from_hf(fields, config.max_position)),
@@ -26,7 +27,7 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
 
 FAMILY = Family(
     architecture="MistralForCausalLM",
-    complete=_complete,
+    complete=complete,
     # Absent, the window is this; models that have none say null.
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096},
 )

@@ -19,7 +19,8 @@ from engine.models.family import Family, GgufFamily, GgufTensorFacts
 from engine.rope import rope_from_gguf, rope_from_hf
 
 
-def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
+def complete(fields: Fields, config: ModelConfig) -> ModelConfig:
+    """Of Qwen3; Qwen3-MoE has the same beside its experts. Raises ConfigError."""
     attention_bias = fields.boolean("attention_bias", False)
     layers = DecoderLayers(
         norm=rms_norm_from_hf(fields),
@@ -44,7 +45,7 @@ def _complete_gguf(fields: Fields, facts: GgufTensorFacts, config: ModelConfig) 
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",
-    complete=_complete,
+    complete=complete,
     defaults={
         "num_key_value_heads": 32,
         "head_dim": 128,

@@ -11,11 +11,12 @@ import torch
 from engine.api import RankInfo
 from engine.cpu.library import Meetings
 from engine.loader import LoadedModel, Split
+from engine.model_config import ModelConfig
 from engine.parallel.distributed import DistributedExchange
 from engine.parallel.exchange import Exchange, GroupDownError
 from engine.parallel.host_exchange import ExchangeSizes, HostExchange
 from engine.parallel.kv_runs import held_runs
-from engine.parallel.shard import shard_of
+from engine.parallel.shard import Shard, shard_of
 from engine.parallel.wire import Wire
 from pdmesh.ranks.config import GroupConfig
 from pdmesh.ranks.place import RankPlace
@@ -64,10 +65,7 @@ class RankGroup:
 
     def kv_share(self, loaded: LoadedModel, device: torch.device) -> float:
         """How much of each KV block lies in the memory that this rank's are taken from."""
-        if device.type == "cpu":
-            return self.place.local_size / self.place.size
-        shard, model = loaded.shard, loaded.config
-        return len(shard.kv_heads) * len(shard.layers) / (model.num_kv_heads * model.num_layers)
+        return kv_share(loaded.config, loaded.shard, device, self.config)
 
     def kv_runs(self, loaded: LoadedModel, block_bytes: int) -> tuple[BlockRun, ...]:
         """Which bytes of a KV block lie on this node."""
@@ -188,6 +186,13 @@ class RankGroup:
 
     def _down(self) -> GroupDownError:
         return GroupDownError(self._given_up or "the group of ranks was given up")
+
+
+def kv_share(model: ModelConfig, shard: Shard, device: torch.device, group: GroupConfig) -> float:
+    """How much of each KV block lies in the memory that a rank's are taken from: its node's, or its GPU's."""
+    if device.type == "cpu":
+        return group.local_size / group.size
+    return len(shard.kv_heads) * len(shard.layers) / (model.num_kv_heads * model.num_layers)
 
 
 def _prompt(sock: socket.socket) -> socket.socket:

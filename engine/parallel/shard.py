@@ -63,7 +63,7 @@ def shard_of(config: ModelConfig, *, tp: int = 1, pp: int = 1, rank: int = 0) ->
     if splits is None:
         raise ConfigError(
             f"--tp is {tp}: {config.num_heads} heads over {config.num_kv_heads} KV heads cannot be shared fairly among "
-            f"so many ranks; use {_or(_possible(config))}"
+            f"so many ranks; use {_or(possible_tp(config))}"
         )
     pp_rank, tp_rank = divmod(rank, tp)
     heads, kv_heads = splits[tp_rank]
@@ -126,7 +126,8 @@ def _expert_columns(config: ModelConfig) -> int:
     return 0 if experts is None else experts.intermediate_size
 
 
-def _possible(config: ModelConfig) -> list[int]:
+def possible_tp(config: ModelConfig) -> list[int]:
+    """The tensor-parallel degrees that share the model's heads fairly."""
     return [tp for tp in range(1, config.num_heads + 1) if _splits(config, tp) is not None]
 
 

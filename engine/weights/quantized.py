@@ -134,6 +134,22 @@ class Quantizer(Protocol):
     def __call__(self, rows: torch.Tensor, to: QuantizedWeight) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a model's matrices are quantised as they are loaded.
+
+    Attributes:
+        format: None: not at all.
+        quantizer: None: in plain torch.
+    """
+
+    format: WeightFormat | None = None
+    quantizer: Quantizer | None = None
+
+
+UNQUANTIZED = Quantization()
+
+
 def quantize(weight: torch.Tensor, weight_format: WeightFormat, quantizer: Quantizer | None = None) -> QuantizedWeight:
     """Of a matrix of any float dtype, to be dequantised to the same one. Raises ConfigError; see `store_rows`."""
     n, k = weight.shape

@@ -15,6 +15,7 @@ from pdmesh.errors import ConfigError, InvalidRequestError, MeshError
 # Each is a module of this package with `main(argv) -> exit code`.
 _COMMANDS = {
     "up": "run a cluster on this machine",
+    "model": "say what a model is, and what of it fits here",
     "generate": "complete a prompt",
     "chat": "talk to the model",
     "batch": "run a file of prompts",

@@ -58,14 +58,14 @@ def cluster_commands(config: LocalConfig, router_port: int, run_dir: Path) -> Cl
         else:
             members, arguments = workers, _worker_arguments(config, role, member_id)
         arguments = (*arguments, *_tiers(config, role, name), *common, *_metrics(config, place))
-        members[member_id] = _service(member_id, arguments)
-    return ClusterCommands(redis_url, valkey, _service("router", router), workers, stores)
+        members[member_id] = service(member_id, arguments)
+    return ClusterCommands(redis_url, valkey, service("router", router), workers, stores)
 
 
 def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[str, ...]:
     arguments = [role.value, config.model, "--worker-id", worker_id, "--host", "127.0.0.1", "--port", "0"]
     arguments += ["--dtype", config.dtype, "--device", config.device, "--num-threads", str(config.threads_per_rank)]
-    arguments += ["--quantization", config.quantization]
+    arguments += ["--quantization", config.quantization, "--kv-cache-dtype", config.kv_cache_dtype]
     # Said in any case: the same PDMESH_TP, inherited by all, would be one degree for both roles.
     tp, pp = config.degrees(role)
     arguments += ["--tp", str(tp), "--pp", str(pp)]
@@ -108,7 +108,8 @@ def _hand_off(config: LocalConfig) -> tuple[str, ...]:
     return ("--short-prefill-tokens", str(limit)) if limit is not None else ()
 
 
-def _service(name: str, arguments: Sequence[str]) -> ChildSpec:
+def service(name: str, arguments: Sequence[str]) -> ChildSpec:
+    """A process that runs `arguments` as `python -m` does."""
     # -P and PYTHONPATH: the services are those beside the code that runs here, whatever lies in the current directory.
     root = str(Path(pdmesh.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

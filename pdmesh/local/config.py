@@ -40,6 +40,11 @@ class LocalConfig:
         "weights in fewer bits: int8 (8.5 with scales) or int4 (5)", default="none", choices=("none", "int8", "int4")
     )
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
+    kv_cache_dtype: str = option(
+        "what keys and values are stored in; auto: as the model computes; int8: with a scale for each token and head",
+        default="auto",
+        choices=("auto", "int8"),
+    )
     num_threads: int | None = option(
         "CPU threads of each worker, or of each rank of it; default: the cores, divided", default=None
     )

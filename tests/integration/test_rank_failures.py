@@ -20,11 +20,13 @@ from bench.engine.random_llama import llama_config, write_random_llama
 from engine.api import EngineRequest
 from engine.assembly import Assembly, assemble
 from engine.core import EngineCore
-from engine.loader import ALONE, UNQUANTIZED, LoadedModel, Quantization, Split, load_model
+from engine.loader import ALONE, LoadedModel, Split, fill_all, load_model
 from engine.local_engine import LocalEngine
+from engine.model_config import ModelConfig
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.spawn import spawned_group
 from engine.request import Request
+from engine.weights.quantized import UNQUANTIZED, Quantization
 from pdmesh.errors import ConfigError, MeshError
 from pdmesh.sampling import SamplingParams
 from tests.rank_groups import alone, arrivals, assert_same, config, group_of_ranks, serve
@@ -220,9 +222,10 @@ class Failing:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
         quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
-        loaded = load_model(source, dtype, device, on_progress, split, quantization)
+        loaded = load_model(source, dtype, device, on_progress, split, keeps_stored, quantization)
         *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded

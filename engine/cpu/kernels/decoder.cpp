@@ -24,6 +24,8 @@ class StepRun {
         step_(step),
         cache_{static_cast<Value*>(decoder.cache), decoder.num_kv_heads, decoder.block_size, decoder.head_dim,
                decoder.block_stride, decoder.head_stride, decoder.layer_stride},
+        int8_cache_{static_cast<int8_t*>(decoder.cache), decoder.num_kv_heads, decoder.block_size, decoder.head_dim,
+                    decoder.block_stride, decoder.head_stride, decoder.layer_stride},
         group_(decoder.num_heads / std::max<int64_t>(1, decoder.num_kv_heads)) {
     int64_t end_row = 0;
     for (int64_t i = 0; i < step.num_sequences; ++i) {
@@ -63,8 +65,8 @@ class StepRun {
         return select(team, operation);
       case Kind::kReduce:
         return reduce(team, operation, index);
-      case Kind::kNormalizeHeads:
-        return normalize_heads(team, operation);
+      case Kind::kFinishHeads:
+        return finish_heads(team, operation);
       case Kind::kNarrow:
         return narrow(team, operation);
       case Kind::kAddPositions:
@@ -193,8 +195,8 @@ class StepRun {
       case Finish::kProjectHeads: {
         const Projection<Element> projection = this->projection(op);
         return body([&](int64_t row, int64_t panel, const f32x16* sums) {
-          projection.store_sums(panel, step_.positions[row], step_.slots[row], biased(panel, 0, sums[0]),
-                                biased(panel, 1, sums[1]), output_row<Value>(op, row));
+          projection.store_sums(panel, step_.positions[row], biased(panel, 0, sums[0]), biased(panel, 1, sums[1]),
+                                output_row<Value>(op, row), CacheSink<Element>{cache_, op.layer, step_.slots[row]});
         });
       }
     }
@@ -209,46 +211,42 @@ class StepRun {
   }
 
   Projection<Element> projection(const Operation& op) const {
-    return {cache_, op.layer, decoder_.num_heads, *op.rotation};
+    return {decoder_.num_heads, decoder_.num_kv_heads, decoder_.head_dim, *op.rotation};
   }
 
-  // Of the n sums that make q, k and v: each head of q and k to unit root mean square, scaled, and then what kProjectHeads
-  // does. The scales of q's heads and behind them those of k's lie as a head's panels do.
-  void normalize_heads(Team& team, const Operation& op) const {
+  // Of the n sums that make q, k and v: what kProjectHeads does, of whole heads.
+  void finish_heads(Team& team, const Operation& op) const {
     const Projection<Element> projection = this->projection(op);
-    const int64_t num_turned_heads = decoder_.num_heads + decoder_.num_kv_heads;
-    const int64_t panels_of_head = (decoder_.head_dim / 2 + 15) / 16, num_panels = (op.n + kPanel - 1) / kPanel;
+    auto store_row = [&](int64_t row, const auto& sink) {
+      projection.store_row(input_row(op, row), op.n, static_cast<const float*>(op.weight), op.epsilon,
+                           step_.positions[row], output_row<Value>(op, row), sink);
+    };
+    if (!decoder_.int8_cache)
+      return team.for_each(step_.num_tokens, [&](int64_t row) {
+        store_row(row, CacheSink<Element>{cache_, op.layer, step_.slots[row]});
+      });
+    const int64_t head_dim = decoder_.head_dim, width = decoder_.num_kv_heads * head_dim + kPanel;
+    std::vector<float> heads(2 * width);
+    const HeadsSink sink{heads.data(), heads.data() + width, head_dim};
     team.for_each(step_.num_tokens, [&](int64_t row) {
-      const float* sums = reinterpret_cast<const float*>(op.input + row * op.input_bytes);
-      Value* queries = reinterpret_cast<Value*>(op.output + row * op.output_bytes);
-      auto store_panel = [&](int64_t panel, f32x16 left, f32x16 right) {
-        projection.store_sums(panel, step_.positions[row], step_.slots[row], left, right, queries);
-      };
-      for (int64_t head = 0; head < num_turned_heads; ++head) {
-        const int64_t first = head * panels_of_head, size = panels_of_head * kPanel;
-        const float* of_head = sums + first * kPanel;
-        const float* scale = static_cast<const float*>(op.weight) + (head < decoder_.num_heads ? 0 : size);
-        f32x16 squares = {};
-        for (int64_t i = 0; i < size; i += 16) {
-          const f32x16 values = load<f32x16>(of_head + i);
-          squares = fused_multiply_add(values, values, squares);
-        }
-        const float factor = 1.0f / std::sqrt(horizontal_sum(squares) / float(decoder_.head_dim) + op.epsilon);
-        for (int64_t i = 0; i < size; i += kPanel)
-          store_panel(first + i / kPanel, load<f32x16>(of_head + i) * factor * load<f32x16>(scale + i),
-                      load<f32x16>(of_head + i + 16) * factor * load<f32x16>(scale + i + 16));
-      }
-      for (int64_t panel = num_turned_heads * panels_of_head; panel < num_panels; ++panel)
-        store_panel(panel, load<f32x16>(sums + panel * kPanel), load<f32x16>(sums + panel * kPanel + 16));
+      store_row(row, sink);
+      for (int64_t head = 0; head < decoder_.num_kv_heads; ++head)
+        int8_cache_.store_head(step_.slots[row], op.layer, head, sink.keys + head * head_dim,
+                               sink.values + head * head_dim);
     });
   }
 
   void attend(Team& team, const Operation& op) const {
-    AttentionTile<Element> scratch;
+    decoder_.int8_cache ? attend_over(team, op, int8_cache_) : attend_over(team, op, cache_);
+  }
+
+  template <class Cache>
+  void attend_over(Team& team, const Operation& op, const Cache& cache) const {
+    AttentionTile<Element, Cache> scratch;
     const std::vector<QueryTile>& tiles = op.rows == Rows::kTokens ? tiles_ : wanted_tiles_;
     const int64_t num_tiles = int64_t(tiles.size());
     team.for_each(num_tiles * decoder_.num_kv_heads, [&](int64_t item) {
-      scratch.attend(cache_, op.layer, item % decoder_.num_kv_heads, group_, op.window, op.scores,
+      scratch.attend(cache, op.layer, item % decoder_.num_kv_heads, group_, op.window, op.scores,
                      tiles[item / decoder_.num_kv_heads], op.input, op.input_bytes, op.output, op.output_bytes);
     });
   }
@@ -333,7 +331,9 @@ class StepRun {
 
   const Decoder& decoder_;
   const Step& step_;
+  // Of the same memory: the decoder says which of them it is.
   const PagedCache<Element> cache_;
+  const Int8Cache int8_cache_;
   const int64_t group_;
   // With all of the step's tokens, and with those that are wanted.
   std::vector<Sequence> sequences_, wanted_;
@@ -365,16 +365,6 @@ void pdmesh_run_float32(const pdmesh::Decoder* decoder, const pdmesh::Step* step
 void pdmesh_run_bfloat16(const pdmesh::Decoder* decoder, const pdmesh::Step* step, const pdmesh::Operation* operations,
                          int64_t num_operations, int32_t num_threads) {
   pdmesh::run<pdmesh::BFloat16>(*decoder, *step, operations, num_operations, num_threads);
-}
-
-void pdmesh_pack_float32(float* packed, const float* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
-                         int64_t stride) {
-  pdmesh::pack_matrix<pdmesh::Float32>(packed, matrix, n, k, base, group, stride);
-}
-
-void pdmesh_pack_bfloat16(uint16_t* packed, const uint16_t* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
-                          int64_t stride) {
-  pdmesh::pack_matrix<pdmesh::BFloat16>(packed, matrix, n, k, base, group, stride);
 }
 
 // Sums values[n] over the ranks of a group; 0 if it was given up.

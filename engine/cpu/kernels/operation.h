@@ -15,7 +15,7 @@ enum class Kind : int32_t {
   kAttend,
   kSelect,
   kReduce,
-  kNormalizeHeads,
+  kFinishHeads,
   kLayerNorm,
   kNarrow,
   kAddPositions,
@@ -64,8 +64,9 @@ struct Operation {
 
 struct Decoder {
   void* cache;  // of block 0, the first KV head and the first layer
+  int32_t int8_cache;  // whether K and V lie in 8 bits, else in the weights' type
   int64_t num_heads, num_kv_heads, head_dim, block_size;
-  int64_t block_stride, head_stride, layer_stride;  // of the cache, in values
+  int64_t block_stride, head_stride, layer_stride;  // of the cache, in its values
   Group* group;  // whose sums a kReduce takes; null: this rank's own rows are whole already
 };
 

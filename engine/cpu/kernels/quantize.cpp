@@ -111,27 +111,31 @@ inline uint32_t lane_of(Int4, uint32_t nibbles) {
   return _pext_u32(nibbles, 0x0f0f0f0fu) | _pext_u32(nibbles, 0xf0f0f0f0u) << 16;
 }
 
-// Stores a quantised matrix [n, k] into a packed one, row i as `pack_matrix` does.
+// Stores rows of a quantised matrix of k columns into a packed one: as its output i row rows[i], or none if negative.
 template <class Format>
-void pack_quantized(char* packed, const uint8_t* values, const uint16_t* scales, const uint16_t* minima, int64_t n,
-                    int64_t k, int64_t base, int64_t group, int64_t stride) {
+void pack_quantized(char* packed, int64_t k, const int64_t* rows, int64_t num_rows, const uint8_t* values,
+                    const uint16_t* scales, const uint16_t* minima) {
   using Matrix = QuantizedMatrix<Format>;
   const int64_t num_groups = (k + kGroup - 1) / kGroup;
-  for (int64_t row = 0; row < n; ++row) {
-    const int64_t column = base + row / group * stride + row % group, in_panel = column % kPanel;
-    char* to = packed + column / kPanel * num_groups * Matrix::kGroupBytes;
-    for (int64_t place = row * num_groups; place < (row + 1) * num_groups; ++place, to += Matrix::kGroupBytes) {
-      std::memcpy(to + 2 * in_panel, scales + place, 2);
-      if (Format::kHasMinima) std::memcpy(to + 2 * (kPanel + in_panel), minima + place, 2);
-      const uint8_t* from = values + place * Matrix::kLines * 4;
-      for (int line = 0; line < Matrix::kLines; ++line) {
-        uint32_t integers;
-        std::memcpy(&integers, from + 4 * line, 4);
-        integers = lane_of(Format{}, integers);
-        std::memcpy(to + Matrix::kScaleBytes + line * kVectors * kLineBytes + 4 * in_panel, &integers, 4);
+#pragma omp parallel for if (num_rows * k >= 1 << 16)
+  for (int64_t panel = 0; panel < (num_rows + kPanel - 1) / kPanel; ++panel)
+    for (int64_t output = panel * kPanel; output < std::min((panel + 1) * kPanel, num_rows); ++output) {
+      if (rows[output] < 0) continue;
+      const int64_t in_panel = output % kPanel;
+      char* to = packed + panel * num_groups * Matrix::kGroupBytes;
+      for (int64_t place = rows[output] * num_groups; place < (rows[output] + 1) * num_groups; ++place) {
+        std::memcpy(to + 2 * in_panel, scales + place, 2);
+        if (Format::kHasMinima) std::memcpy(to + 2 * (kPanel + in_panel), minima + place, 2);
+        const uint8_t* from = values + place * Matrix::kLines * 4;
+        for (int line = 0; line < Matrix::kLines; ++line) {
+          uint32_t integers;
+          std::memcpy(&integers, from + 4 * line, 4);
+          integers = lane_of(Format{}, integers);
+          std::memcpy(to + Matrix::kScaleBytes + line * kVectors * kLineBytes + 4 * in_panel, &integers, 4);
+        }
+        to += Matrix::kGroupBytes;
       }
     }
-  }
 }
 
 }  // namespace
@@ -149,13 +153,13 @@ void pdmesh_quantize_int4(const float* rows, int64_t n, int64_t k, uint8_t* valu
   pdmesh::quantize<pdmesh::Int4>(rows, n, k, values, scales, minima);
 }
 
-void pdmesh_pack_int8(char* packed, const uint8_t* values, const uint16_t* scales, const uint16_t* minima, int64_t n,
-                      int64_t k, int64_t base, int64_t group, int64_t stride) {
-  pdmesh::pack_quantized<pdmesh::Int8>(packed, values, scales, minima, n, k, base, group, stride);
+void pdmesh_pack_int8(char* packed, int64_t k, const int64_t* rows, int64_t num_rows, const uint8_t* values,
+                      const uint16_t* scales, const uint16_t* minima) {
+  pdmesh::pack_quantized<pdmesh::Int8>(packed, k, rows, num_rows, values, scales, minima);
 }
 
-void pdmesh_pack_int4(char* packed, const uint8_t* values, const uint16_t* scales, const uint16_t* minima, int64_t n,
-                      int64_t k, int64_t base, int64_t group, int64_t stride) {
-  pdmesh::pack_quantized<pdmesh::Int4>(packed, values, scales, minima, n, k, base, group, stride);
+void pdmesh_pack_int4(char* packed, int64_t k, const int64_t* rows, int64_t num_rows, const uint8_t* values,
+                      const uint16_t* scales, const uint16_t* minima) {
+  pdmesh::pack_quantized<pdmesh::Int4>(packed, k, rows, num_rows, values, scales, minima);
 }
 }

@@ -9,8 +9,9 @@ import torch
 
 from engine.attention import AttentionPlan, Scores
 from engine.batch import Batch
+from engine.decoder_config import AlibiPositions, DecoderLayers, NormConfig
 from engine.kv_cache import KVCache
-from engine.model_config import LayersConfig, ModelConfig
+from engine.model_config import ModelConfig
 from tests.unit.engine.cuda_device import kernel_device, needs_cuda
 
 DEVICE = kernel_device()
@@ -48,7 +49,7 @@ class Shape:
             tie_word_embeddings=True,
             eos_token_ids=(),
             bos_token_id=None,
-            layers=LayersConfig(),
+            layers=DecoderLayers(NormConfig("rms", 1e-6), AlibiPositions()),
         )
 
 

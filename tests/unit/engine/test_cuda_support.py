@@ -1,13 +1,15 @@
 """A model goes to the CUDA kernels exactly where they can serve it."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.cuda.support import can_use_kernels, unsupported
+from engine.backend import Choice, Way, choose_way
+from engine.config import EngineConfig
+from engine.cuda.support import no_kernels_because, unsupported
+from engine.kv_cache import PLAIN
 from engine.loader import load_model
 from engine.model_config import ModelConfig
 from tests.unit.engine.cuda_device import needs_cuda
@@ -29,13 +31,13 @@ def test_others_are_refused_with_the_reason(config: ModelConfig) -> None:
     assert "sliding windows" in (unsupported(replace(config, windows=(None, 20, None))) or "")
 
 
-def test_a_cpu_is_no_cuda_device(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
-    assert not can_use_kernels(config, torch.device("cpu"))
-    assert not caplog.records
+def test_kv_in_8_bits_is_read_by_torch(config: ModelConfig) -> None:
+    told = EngineConfig(model="tiny", kv_cache_dtype="int8")
+    choice = choose_way(told, config, PLAIN, torch.device("cuda"), has_cpu_kernels=False)
+    assert choice == Choice(Way.TORCH, "the CUDA kernels read no KV cache in int8")
 
 
 @needs_cuda
-def test_a_warning_says_why_not(config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert not can_use_kernels(replace(config, head_dim=288), torch.device("cuda"))
-    assert "head" in caplog.text or "Triton" in caplog.text
+def test_a_device_may_be_the_reason_too(config: ModelConfig) -> None:
+    because = no_kernels_because(replace(config, head_dim=288), torch.device("cuda")) or ""
+    assert "head" in because or "Triton" in because

@@ -6,10 +6,10 @@ import pytest
 import transformers
 
 from engine.config_fields import Fields
-from engine.decoder_config import DecoderLayers
+from engine.decoder_config import AlibiPositions, DecoderLayers, ExpertsConfig, LearnedPositions, RotaryPositions
 from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_hf
-from engine.rope import LongRopeScaling
+from engine.rope import LinearScaling, LongRopeScaling, RopeConfig
 from pdmesh.errors import ConfigError
 
 SIZES: dict[str, object] = {
@@ -19,36 +19,107 @@ SIZES: dict[str, object] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 32,
 }
+# Sizes as families call them whose configs do not know the usual names.
+OWN_SIZES: dict[str, dict[str, object]] = {
+    "Bloom": {"vocab_size": 1000, "hidden_size": 4096, "n_layer": 4, "n_head": 32},
+    "GPT2": {"vocab_size": 1000, "n_embd": 4096, "n_inner": 128, "n_layer": 4, "n_head": 32},
+    "OPT": {"vocab_size": 1000, "hidden_size": 4096, "ffn_dim": 128, "num_hidden_layers": 4, "num_attention_heads": 32},
+}
+ARCHITECTURES = {"GPT2": "GPT2LMHeadModel"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 LONGROPE: dict[str, object] = {"rope_type": "longrope", "short_factor": [1.5] * 64, "long_factor": [9.0] * 64}
 
 
 def read(family: str, **fields: object) -> ModelConfig:
-    values = {"architectures": [f"{family}ForCausalLM"], **SIZES, **fields}
+    architecture = ARCHITECTURES.get(family, f"{family}ForCausalLM")
+    values = {"architectures": [architecture], **OWN_SIZES.get(family, SIZES), **fields}
     return config_from_hf(Fields("/m/config.json", values), Fields("/m/generation_config.json", {}), "m")
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_defaults_are_those_of_transformers(architecture: str) -> None:
-    family = architecture.removesuffix("ForCausalLM")
-    reference: Any = getattr(transformers, f"{family}Config")(**SIZES)
+FAMILY_NAMES = [name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") for name in FAMILIES]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    reference: Any = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**OWN_SIZES.get(family, SIZES))
     config = read(family)
     layers = DecoderLayers.of(config)
-    assert config.num_kv_heads == (reference.num_key_value_heads or reference.num_attention_heads)
-    assert config.head_dim == getattr(reference, "head_dim", 4096 // 32)
-    assert config.max_position == reference.max_position_embeddings
+    assert config.num_kv_heads == (getattr(reference, "num_key_value_heads", None) or reference.num_attention_heads)
+    assert config.head_dim == (getattr(reference, "head_dim", None) or 4096 // 32)
+    assert config.max_position == getattr(reference, "max_position_embeddings", 2048)
     assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert layers.norm.eps == reference.rms_norm_eps
-    assert layers.rope.theta == reference.rope_parameters["rope_theta"]
+    eps = [getattr(reference, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")]
+    assert layers.norm.eps == next((value for value in eps if value is not None), 1e-5)
     window = getattr(reference, "sliding_window", None)
-    assert config.windows == ((window,) * 4 if window else ())
+    if family in ("Gemma2", "Gemma3"):
+        assert [size is not None for size in config.windows] == [
+            kind == "sliding_attention" for kind in reference.layer_types
+        ]
+        assert set(config.windows) <= {window, None}
+    else:
+        assert config.windows == ((window,) * 4 if window else ())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_positions_are_those_of_transformers(family: str) -> None:
+    reference: Any = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**OWN_SIZES.get(family, SIZES))
+    config = read(family)
+    positions = DecoderLayers.of(config).positions
+    if family in ("GPT2", "OPT"):
+        assert positions == LearnedPositions(offset=2 if family == "OPT" else 0)
+    elif family == "Bloom":
+        assert positions == AlibiPositions()
+    else:
+        assert isinstance(positions, RotaryPositions)
+        ropes = reference.rope_parameters
+        kinds = [ropes["full_attention"], ropes["sliding_attention"]] if family == "Gemma3" else [ropes]
+        assert [table.theta for table in positions.tables] == [kind["rope_theta"] for kind in kinds]
+        turned = kinds[0].get("partial_rotary_factor", 1.0) * config.head_dim
+        assert [table.rotary_dim(config.head_dim) for table in positions.tables] == [turned] * len(kinds)
 
 
 def test_what_tells_the_families_apart() -> None:
     assert DecoderLayers.of(read("Qwen2")).attention.qkv_bias
     assert not DecoderLayers.of(read("Qwen2")).attention.output_bias
     assert DecoderLayers.of(read("Qwen3")).attention.qk_norm
+    gemma2, gemma3 = DecoderLayers.of(read("Gemma2")), DecoderLayers.of(read("Gemma3"))
+    assert (gemma2.attention.soft_cap, gemma2.logit_soft_cap, gemma2.attention.qk_norm) == (50.0, 30.0, False)
+    assert (gemma3.attention.soft_cap, gemma3.logit_soft_cap, gemma3.attention.qk_norm) == (None, None, True)
+    assert gemma2.score_scale(128) == gemma3.score_scale(128) == 256**-0.5
+    assert gemma2.residual == gemma3.residual == "sandwich"
+    assert DecoderLayers.of(read("GPTNeoX")).residual == "parallel"
+    assert DecoderLayers.of(read("GPTNeoX", use_parallel_residual=False)).residual == "pre"
+    assert DecoderLayers.of(read("OPT")).residual == "pre"
+    narrow = DecoderLayers.of(read("OPT", do_layer_norm_before=False, word_embed_proj_dim=512))
+    assert (narrow.residual, narrow.final_norm, narrow.embedding.size) == ("post", False, 512)
+    assert DecoderLayers.of(read("Mixtral")).experts == ExpertsConfig(8, 2, True, 128)
+    some = DecoderLayers.of(read("Qwen3Moe", num_experts=64, decoder_sparse_step=2, mlp_only_layers=[3])).experts
+    assert some == ExpertsConfig(64, 8, False, 768, (False, True, False, False))
     partial = DecoderLayers.of(read("Phi3", partial_rotary_factor=0.75))
     assert partial.rope.rotary_dim(128) == 96
+
+
+def test_names_of_old_configs() -> None:
+    bloom = read("Bloom", hidden_size=None, n_embed=1024, n_head=None, num_attention_heads=16, seq_length=4096)
+    assert (bloom.hidden_size, bloom.num_heads, bloom.max_position) == (1024, 16, 4096)
+    assert (bloom.intermediate_size, read("GPT2", n_inner=None).intermediate_size) == (4096, 16384)
+    pythia = DecoderLayers.of(read("GPTNeoX", rotary_pct=0.5, rotary_emb_base=500.0)).rope
+    assert (pythia.theta, pythia.num_rotary_dims) == (500.0, 64)
+    gemma = read(
+        "Gemma3",
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        rope_local_base_freq=5.0,
+        sliding_window_pattern=2,
+    )
+    assert DecoderLayers.of(gemma).positions == RotaryPositions(
+        (RopeConfig(1e6, LinearScaling(8.0)), RopeConfig(5.0)), (1, 0, 1, 0)
+    )
+
+
+def test_dynamic_scaling_serves_the_trained_length() -> None:
+    dynamic = read("Llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=4096)
+    assert dynamic.max_position == 4096
+    assert DecoderLayers.of(dynamic).rope == RopeConfig()
 
 
 def test_windows() -> None:
@@ -74,18 +145,33 @@ def test_longrope_serves_the_trained_length() -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("GPT2", {}, "architectures is ['GPT2ForCausalLM']: must name one of the known: LlamaForCausalLM, Mistral"),
+        ("GPT1", {}, "architectures is ['GPT1ForCausalLM']: must name one of the known: BloomForCausalLM, Gemma2Fo"),
         ("Mistral", {"sliding_window": -1}, "sliding_window is -1: must be an integer in [0, "),
         ("Mistral", {"sliding_window": "long"}, "sliding_window is 'long': must be an integer in [0, "),
         ("Mistral", {"layer_types": ["full_attention"] * 4}, "layer_types is ['full_attention', 'full_attention', "),
         ("Qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1: must be true or false"),
         ("Qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"]}, "layer_types is ['full_attention']"),
         ("Qwen3", {"head_dim": 63}, "head_dim is 63: must be even"),
-        ("Qwen3", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.rope_type is 'dynamic': supported are"),
+        ("Qwen3", {"rope_scaling": {"rope_type": "other"}}, "rope_scaling.rope_type is 'other': supported are"),
         ("Phi3", {"partial_rotary_factor": 0.01}, "partial_rotary_factor is 0.01: must turn an even number of a head'"),
         ("Phi3", {"partial_rotary_factor": 2}, "partial_rotary_factor is 2: must be a number in [0, 1]"),
-        ("Phi3", {"rope_scaling": {"type": "llama3"}}, "rope_scaling.type is 'llama3': supported are default and long"),
+        ("Phi3", {"rope_scaling": {"type": "llama3"}}, "rope_scaling.type is 'llama3': supported are default, lin"),
         ("Phi3", {"rope_scaling": {"type": "su", "short_factor": [1, 0]}}, "rope_scaling.short_factor is [1, 0]: must"),
+        ("Llama", {"rope_scaling": {"type": "dynamic"}}, "rope_scaling.factor is missing: the file is incomplete, get"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True: only models that look"),
+        (
+            "Gemma3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 0}}},
+            "rope_parameters.full_attention.rope_th",
+        ),
+        ("GPT2", {"n_embd": 2**40}, "n_embd is 1099511627776: must be an integer in [1, "),
+        ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True: is not supporte"),
+        ("GPTNeoX", {"rotary_pct": 0.01}, "rotary_pct is 0.01: must turn an even number of a head's 128 dimensions"),
+        ("GPTNeoX", {"hidden_act": "mish"}, "hidden_act is 'mish': supported are silu, swish, gelu, gelu_new, gelu_f"),
+        ("OPT", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False: only norms that h"),
+        ("Bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is T"),
+        ("Mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9: must be an integer in [1, 8]"),
+        ("Qwen3Moe", {"mlp_only_layers": "all"}, "mlp_only_layers is 'all': must be a list of layers' numbers"),
         ("Phi3", {"hidden_act": "gelu"}, "hidden_act is 'gelu': only silu is supported"),
     ],
 )

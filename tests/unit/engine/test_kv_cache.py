@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.kv_cache import KVCache, KVLayout, bytes_per_block
+from engine.kv_int8 import dequantize, quantize
 from engine.model_config import ModelConfig
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
@@ -82,6 +83,39 @@ def test_what_was_written_is_gathered_in_the_order_of_the_tables(config: ModelCo
     assert torch.equal(values, v.transpose(1, 2))
 
 
+@pytest.mark.parametrize("pack", [None, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_gathered_as_its_bytes_and_scales_say(
+    config: ModelConfig, dtype: torch.dtype, pack: int | None
+) -> None:
+    cache = KVCache(
+        config, num_blocks=5, block_size=8, dtype=dtype, device=CPU, kv_dtype=torch.int8, layout=KVLayout(pack)
+    )
+    assert cache.block_bytes == bytes_per_block(config, 8, torch.int8) == 3 * 2 * 2 * 8 * (16 + 4)
+    assert cache.scales is not None
+    tables = torch.tensor([[3, 1], [4, 2]])
+    slots = (tables.unsqueeze(-1) * 8 + torch.arange(8)).flatten()
+    k, v = torch.randn(2, 2, 16, 2, 16).to(dtype).unbind()
+    cache.write(1, k.flatten(0, 1), v.flatten(0, 1), slots)
+    for gathered, written in zip(cache.gather(1, tables), (k, v), strict=True):
+        assert gathered.dtype == dtype
+        assert torch.equal(gathered, dequantize(*quantize(written.transpose(1, 2)), dtype))
+    # Of other layers and blocks nothing is written.
+    assert torch.count_nonzero(cache.scales) == 2 * 2 * len(slots)
+    assert torch.count_nonzero(cache.scales[tables.flatten(), :, 1]) == 2 * 2 * len(slots)
+
+
+def test_int8_of_any_size_of_heads_and_blocks(config: ModelConfig) -> None:
+    """Its scales, of four bytes, lie where they may."""
+    odd = replace(config, head_dim=5)
+    cache = KVCache(odd, num_blocks=2, block_size=3, dtype=torch.float32, device=CPU, kv_dtype=torch.int8)
+    k, v = torch.randn(2, 3, 2, 5)
+    cache.write(2, k, v, torch.arange(3, 6))
+    keys, values = cache.gather(2, torch.tensor([[1]]))
+    torch.testing.assert_close(keys[0].transpose(0, 1), k, rtol=0, atol=float(k.abs().max()) / 250)
+    torch.testing.assert_close(values[0].transpose(0, 1), v, rtol=0, atol=float(v.abs().max()) / 250)
+
+
 # Of three KV heads and three layers: by heads, as tensor-parallel ranks; by layers, as stages; by both.
 REGIONS = {
     "heads": [(range(2), range(3)), (range(2, 3), range(3))],
@@ -104,15 +138,17 @@ def file(three_heads: ModelConfig) -> Iterator[Callable[[torch.dtype], MemoryFil
 
 
 @pytest.mark.parametrize("regions", REGIONS.values(), ids=REGIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("pack", [None, 1, 2])
 def test_regions_of_one_memory_together_are_whole_blocks(
     three_heads: ModelConfig,
     file: Callable[[torch.dtype], MemoryFile],
     pack: int | None,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     regions: list[tuple[range, range]],
 ) -> None:
+    dtype = torch.bfloat16 if kv_dtype == torch.int8 else kv_dtype
+
     def cache(kv_heads: range | None = None, layers: range | None = None, memory: MemoryFile | None = None) -> KVCache:
         return KVCache(
             three_heads,
@@ -120,15 +156,16 @@ def test_regions_of_one_memory_together_are_whole_blocks(
             block_size=8,
             dtype=dtype,
             device=CPU,
+            kv_dtype=kv_dtype,
             layout=KVLayout(pack),
             kv_heads=kv_heads,
             layers=layers,
             memory=memory,
         )
 
-    whole, parts = cache(), [cache(*region, file(dtype)) for region in regions]
+    whole, parts = cache(), [cache(*region, file(kv_dtype)) for region in regions]
     assert {part.block_bytes for part in parts} == {whole.block_bytes}
-    assert {part.file for part in parts} == {file(dtype)}
+    assert {part.file for part in parts} == {file(kv_dtype)}
     tables = torch.tensor([[3, 1], [4, 2]])
     slots = (tables.unsqueeze(-1) * 8 + torch.arange(8)).flatten()
     k, v = torch.randn(2, 3, len(slots), 3, 16).to(dtype)

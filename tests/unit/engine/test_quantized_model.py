@@ -12,10 +12,10 @@ from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Kernels, QuantizeKernels
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
-from engine.loader import LoadedModel, Quantization
+from engine.loader import LoadedModel
 from engine.models.parallel_layers import Linear, VocabParallelEmbedding
-from engine.weights.quantized import FORMATS
-from tests.texts import Texts, assert_same_logits, load, random_text
+from engine.weights.quantized import FORMATS, Quantization
+from tests.texts import Texts, assert_same_logits, load, packed_for, random_text
 
 try:
     TARGETS = X86_TARGETS[X86_TARGETS.index(this_target()) :]
@@ -26,8 +26,13 @@ PACK = {"float32": 1, "bfloat16": 2}
 SHAPES = ["gqa", "mqa-tied", "biases", "ragged"]
 
 
+def quantization(name: str) -> Quantization:
+    return Quantization(FORMATS[name], QuantizeKernels(kernels_path(this_target())))
+
+
 def quantized(directory: Path, dtype: str, name: str) -> LoadedModel:
-    return load(directory, dtype, Quantization(FORMATS[name], QuantizeKernels(kernels_path(this_target()))))
+    """For plain torch."""
+    return load(directory, dtype, quantization=quantization(name))
 
 
 def dequantized(directory: Path, dtype: str, name: str) -> LoadedModel:
@@ -43,17 +48,20 @@ def dequantized(directory: Path, dtype: str, name: str) -> LoadedModel:
 
 
 def on_kernels(
-    loaded: LoadedModel,
+    directory: Path,
     texts: Sequence[Sequence[int]],
     dtype: str,
+    name: str,
     *,
     target: Target | None = None,
     num_threads: int = 2,
 ) -> Texts:
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(kernels_path(target or this_target()), kv_cache.dtype)
-        return CpuExecutor(kernels, loaded, kv_cache, max_tokens=512, max_position=256, num_threads=num_threads)
+        packed = packed_for(loaded, kernels, num_threads, quantization(name))
+        return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=256, num_threads=num_threads)
 
+    loaded = load(directory, dtype, stored=True, quantization=quantization(name))
     return Texts(loaded, texts, block_size=16, layout=KVLayout(PACK[dtype]), make_executor=make_executor)
 
 
@@ -69,7 +77,7 @@ def test_kernels_multiply_by_the_dequantised_weights(tiny_llama: Callable[[str],
     directory, text = tiny_llama(shape), random_text(13 + 25 + 60 + 1)
     counts = (13, 25, 60, 1)
     expected = step_all(Texts(dequantized(directory, "float32", name), [text]), counts)
-    assert_same_logits(step_all(on_kernels(quantized(directory, "float32", name), [text], "float32"), counts), expected)
+    assert_same_logits(step_all(on_kernels(directory, [text], "float32", name), counts), expected)
     assert torch.equal(step_all(Texts(quantized(directory, "float32", name), [text]), counts), expected)
 
 
@@ -81,7 +89,7 @@ def test_every_processor_computes_the_same_model(
 ) -> None:
     directory, text, counts = tiny_llama("biases"), random_text(39), (13, 25, 1)
     exact = step_all(Texts(dequantized(directory, "float32", name), [text]), counts)
-    actual = step_all(on_kernels(quantized(directory, dtype, name), [text], dtype, target=target), counts)
+    actual = step_all(on_kernels(directory, [text], dtype, name, target=target), counts)
     if dtype == "float32":
         assert_same_logits(actual, exact)
     else:
@@ -95,11 +103,11 @@ def test_every_processor_computes_the_same_model(
 def test_a_row_has_the_same_bits_in_any_company(tiny_llama: Callable[[str], Path], dtype: str, name: str) -> None:
     directory = tiny_llama("gqa")
     tokens = [random_text(length, seed) for seed, length in enumerate((150, 97, 33, 16, 1))]
-    together = on_kernels(quantized(directory, dtype, name), tokens, dtype)
+    together = on_kernels(directory, tokens, dtype, name)
     for step in ({0: 1, 1: 1}, {0: 12, 1: 2, 2: 3}, {3: 16, 0: 100}, {4: 1, 0: 5, 1: 94, 2: 30}, {0: 32}):
         together.step(step)
     for text, of_text in enumerate(tokens):
-        alone = on_kernels(quantized(directory, dtype, name), [of_text], dtype, num_threads=1)
+        alone = on_kernels(directory, [of_text], dtype, name, num_threads=1)
         assert torch.equal(together.logits_of(text), step_all(alone, [len(of_text)]))
 
 
