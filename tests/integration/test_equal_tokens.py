@@ -36,8 +36,10 @@ def prompts(vocab_size: int = VOCAB_SIZE - 64) -> list[tuple[int, ...]]:
 
 
 @asynccontextmanager
-async def running_engine(model: Path) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(EngineConfig(model=str(model), dtype="float32", num_blocks=512, num_threads=1))
+async def running_engine(model: Path, kv_cache_dtype: str = "auto") -> AsyncIterator[LocalEngine]:
+    engine = LocalEngine(
+        EngineConfig(model=str(model), dtype="float32", kv_cache_dtype=kv_cache_dtype, num_blocks=512, num_threads=1)
+    )
     try:
         await engine.start(lambda done, total: None)
         yield engine
@@ -57,6 +59,24 @@ async def test_disaggregated_equals_aggregated_equals_transformers(shape: str, t
     model = make_tiny_model(tmp_path, shape)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     await _check_equal_tokens(model, reference, prompts())
+
+
+async def test_with_kv_in_8_bits_disaggregated_equals_aggregated(tiny_model: Path) -> None:
+    requests = [(prompt, sampling) for prompt in prompts()[::3] for sampling in (GREEDY, SEEDED)]
+    async with running_engine(tiny_model, "int8") as engine:
+        alone = [await aggregated(engine, prompt, sampling) for prompt, sampling in requests]
+    async with running_engine(tiny_model) as engine:
+        assert alone != [await aggregated(engine, prompt, sampling) for prompt, sampling in requests]
+    short = {"short_prefill_tokens": 1}
+    for transport in TRANSPORTS:
+        kv = {"kv_cache_dtype": "int8"}
+        async with Mesh(tiny_model, transports=transport, engine=kv, decode=short, router=short) as mesh:
+            results = await asyncio.gather(
+                *(mesh.client.generate(tokens=prompt, sampling=sampling) for prompt, sampling in requests)
+            )
+            assert [list(result.token_ids) for result in results] == alone
+            assert transport in {result.report.kv_transport for result in results}
+            await mesh.assert_idle()
 
 
 # Of each family, the shape that has most of what its layers have and others have not.

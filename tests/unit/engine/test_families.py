@@ -13,9 +13,9 @@ from engine.cpu.executor import CpuExecutor, cpu_layout
 from engine.cpu.library import Kernels
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
-from engine.loader import LoadedModel, load_model
+from engine.loader import DTYPES, LoadedModel, load_model
 from tests.rank_groups import alone, arrivals, assert_same, config, serve
-from tests.texts import Texts, load, random_text, reference_logits
+from tests.texts import Texts, load, packed_for, random_text, reference_logits
 from tests.tiny_families import SHAPES, make_tiny_family
 
 LENGTHS = (150, 97, 33, 16, 1)
@@ -45,12 +45,13 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
         path = kernels_path(this_target())
     except BuildError as error:
         pytest.skip(str(error))
-    loaded = load(directory, dtype)
-    values = next(loaded.model.parameters()).dtype
+    loaded = load(directory, dtype, stored=True)
+    values = DTYPES[dtype]
 
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(path, values)
-        return CpuExecutor(kernels, loaded, kv_cache, max_tokens=512, max_position=512, num_threads=2)
+        packed = packed_for(loaded, kernels)
+        return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=512, num_threads=2)
 
     layout = cpu_layout(loaded.config, 16, values)
     assert layout is not None, "the kernels serve this family"
