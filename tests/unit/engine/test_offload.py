@@ -103,7 +103,7 @@ def refusal(
 ) -> str:
     config = EngineConfig(
         model=str(directory), device="cpu", max_memory=max_memory, device_map=device_map,
-        offload_dir=offload_dir and str(offload_dir),
+        offload_dir=None if offload_dir is None else str(offload_dir),
     )  # fmt: skip
     with pytest.raises(ConfigError) as caught:
         placement(config)
