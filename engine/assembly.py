@@ -6,17 +6,20 @@ In a group of ranks each does so with its shard, and between loading and making 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout
+from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout, pack_weights, packs
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
+from engine.cpu.packed_model import PackedModel
 from engine.executor import OneProcess, StepExecutor
-from engine.kv_cache import PLAIN, KVCache, bytes_per_block
-from engine.loader import ALONE, DTYPES, LoadedModel, Split
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.loader import ALONE, DTYPES, LoadedModel, Split, fill_all
+from engine.model_config import ModelConfig
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.group import RankGroup
 from engine.parallel.host_exchange import ExchangeSizes
@@ -41,6 +44,7 @@ class ModelLoader(Protocol):
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel: ...
 
 
@@ -109,10 +113,7 @@ def load_part(
     """Loads the model, or this rank's shard, and sees how many KV blocks it has room for. Raises ConfigError."""
     device = config.torch_device
     _set_num_threads(config, group)
-    if group is None:
-        loaded = load(config.model, config.dtype_name, device, on_progress)
-        share = 1.0
-    else:
+    if group is not None:
         if device.type == "cuda" and group.config.nnodes > 1 and group.config.local_size > 1:
             raise ConfigError(
                 "KV of several GPUs on each of several nodes cannot be moved: use one GPU of each node, or one node"
@@ -122,13 +123,22 @@ def load_part(
         device = group.device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        loaded = load(config.model, config.dtype_name, device, on_progress, group.split)
-        share = group.kv_share(loaded, device)
+    kernels = cpu_kernels(config, device)
+    loaded = load(
+        config.model,
+        config.dtype_name,
+        device,
+        on_progress,
+        ALONE if group is None else group.split,
+        lambda model: packs(config, model, kernels),
+    )
+    packed = pack_weights(config, loaded, kernels)
+    share = 1.0 if group is None else group.kv_share(loaded, device)
     stored = kv_dtype(config, DTYPES[config.dtype_name])
     block_bytes = bytes_per_block(loaded.config, config.block_size, stored)
     available_bytes = int(available_memory_bytes(device) / share)
     size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
-    return LoadedPart(config, loaded, device, size, group)
+    return LoadedPart(config, loaded, packed, kernels, device, size, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +170,17 @@ class MadePart:
 
 @dataclass(frozen=True, slots=True)
 class LoadedPart:
-    """A model, or a shard, in memory. `size` is what it would allow, were it alone."""
+    """A model, or a shard, in memory, its matrices packed where CPU kernels compute it.
+
+    Attributes:
+        kernels: For this machine's CPU, if it computes with them.
+        size: What this would allow, were it alone.
+    """
 
     config: EngineConfig
     model: LoadedModel
+    packed: PackedModel | None
+    kernels: Path | None
     device: torch.device
     size: CacheSize
     group: RankGroup | None
@@ -175,10 +192,8 @@ class LoadedPart:
     @property
     def loaded(self) -> Loaded:
         """What a rank says of it."""
-        on_kernels = cpu_kernels(self.config, self.device) is not None
-        return Loaded(
-            self.size.num_blocks, self.size.max_model_len, self.model.digest, self.model.num_bytes, on_kernels
-        )
+        size, model = self.size, self.model
+        return Loaded(size.num_blocks, size.max_model_len, model.digest, model.num_bytes, self.kernels is not None)
 
     def make(self, serve: Serve, *, lend_kv: bool = False) -> MadePart:
         """Makes a KV cache of so many blocks, and what computes with it. The ranks of a group do this together.
@@ -202,10 +217,8 @@ class LoadedPart:
             lend=lend_kv,
             memory=None if group is None else group.kv_memory(serve.num_blocks * block_bytes),
         )
-        kernels = cpu_kernels(config, self.device)
         exchange = None
         if group is not None:
-            on_kernels = kernels is not None and kv_cache.layout != PLAIN
             exchange = group.open_exchange(
                 model,
                 ExchangeSizes(
@@ -214,15 +227,16 @@ class LoadedPart:
                     vocab_size=model.config.vocab_size,
                     max_logit_rows=max(config.max_num_seqs, PROMPT_LOGITS_ROWS),
                 ),
-                kernels=kernels,
-                hidden_dtype=torch.float32 if on_kernels else self.dtype,
+                kernels=self.kernels,
+                hidden_dtype=torch.float32 if self.packed is not None else self.dtype,
                 device=self.device,
             )
         backend = choose_backend(
             config,
             model,
+            self.packed,
             kv_cache,
-            kernels=kernels,
+            kernels=self.kernels,
             exchange=exchange,
             max_model_len=serve.max_model_len,
             max_blocks=-(-serve.max_model_len // config.block_size),

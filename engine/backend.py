@@ -11,12 +11,15 @@ from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
 from engine.cpu.library import Kernels
+from engine.cpu.packed_model import PackedModel, pack_model
+from engine.cpu.packing import Packer
 from engine.cpu.sampling import CpuSampling
 from engine.cuda.support import no_kernels_because
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
-from engine.loader import LoadedModel
+from engine.loader import DTYPES, LoadedModel
 from engine.model_config import ModelConfig
+from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.exchange import Exchange
 from engine.parallel.host_exchange import HostExchange
 from engine.sampling_ops import SamplingOps
@@ -109,9 +112,29 @@ def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
         return None
 
 
+def packs(config: EngineConfig, model: ModelConfig, kernels: Path | None) -> bool:
+    """Whether the CPU kernels (of `cpu_kernels`) compute the model, from packed matrices."""
+    return kernels is not None and cpu_layout(model, config.block_size, DTYPES[config.dtype_name]) is not None
+
+
+def pack_weights(config: EngineConfig, loaded: LoadedModel, kernels: Path | None) -> PackedModel | None:
+    """The loaded model's matrices as the CPU kernels read them; None where these do not compute it.
+
+    The model loses them, and gets what else is still stored. Raises ConfigError where the checkpoint cannot give it.
+    """
+    if kernels is None or not packs(config, loaded.config, kernels):
+        return None
+    assert isinstance(loaded.model, DecoderForCausalLM)
+    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads())
+    packed = pack_model(loaded.model, loaded.config, packer)
+    loaded.fill()
+    return packed
+
+
 def choose_backend(
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     *,
     kernels: Path | None,
@@ -119,9 +142,10 @@ def choose_backend(
     max_model_len: int,
     max_blocks: int,
 ) -> Backend:
-    """Makes the executor, which may take the model's weights and seconds.
+    """Makes the executor.
 
     Args:
+        packed: Of `pack_weights`.
         kernels: Of `cpu_kernels`.
         exchange: With the other ranks of this one's group.
         max_model_len: Tokens of the longest request.
@@ -134,7 +158,7 @@ def choose_backend(
     if choice.because:
         log.warning("computing in plain torch, several times slower than our kernels: %s", choice.because)
     if kernels is not None:
-        return _cpu_backend(kernels, choice.way, config, loaded, kv_cache, exchange, max_model_len)
+        return _cpu_backend(kernels, config, loaded, packed, kv_cache, exchange, max_model_len)
     if choice.way is Way.COMPILED:
         # Imports torch's compiler.
         from engine.compiled import compile_layers
@@ -155,16 +179,16 @@ def choose_backend(
 
 def _cpu_backend(
     path: Path,
-    way: Way,
     config: EngineConfig,
     loaded: LoadedModel,
+    packed: PackedModel | None,
     kv_cache: KVCache,
     exchange: Exchange | None,
     max_model_len: int,
 ) -> Backend:
     num_threads = torch.get_num_threads()
     sampling = CpuSampling(path, vocab_size=loaded.config.vocab_size, num_threads=num_threads)
-    if way is Way.TORCH:
+    if packed is None:
         executor = TorchExecutor(loaded.model, kv_cache, last_stage=loaded.shard.last_stage)
         return Backend(executor, sampling, kv_cache.device)
     sums: SharedSums | SumsBetween | None = None
@@ -175,6 +199,7 @@ def _cpu_backend(
     cpu_executor = CpuExecutor(
         Kernels(path, kv_cache.dtype),
         loaded,
+        packed,
         kv_cache,
         max_tokens=config.max_num_batched_tokens,
         max_position=max_model_len,

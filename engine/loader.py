@@ -1,7 +1,10 @@
-"""From what a person names to a model that runs: open, check, then fill the parameters one by one."""
+"""From what a person names to a model that runs: open, check, then fill the parameters one by one.
+
+Matrices that are to be packed stay in the checkpoint; their packer reads them straight into their places.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,7 +17,9 @@ from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.places import TensorPlaces
+from engine.weights.room import check_room
 from engine.weights.source import open_checkpoint
+from engine.weights.stored import Progress, StoredMatrix
 from pdmesh.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,21 +44,38 @@ ALONE = Split()
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model, or a rank's shard of one, ready to run, and what tells the model apart (`digest`, 64 hex digits)."""
+    """A model, or a rank's shard of one, ready to run but for the matrices that are `stored`.
+
+    Attributes:
+        digest: What tells the model apart: 64 hex digits.
+        dtype: What it computes in.
+        num_bytes: Of the parameters, before an executor takes them.
+        stored: The parameters that have no values yet. Whoever packs one takes it out.
+    """
 
     model: CausalLM
     config: ModelConfig
     digest: str
     shard: Shard
+    dtype: torch.dtype
+    num_bytes: int
+    stored: dict[torch.Tensor, StoredMatrix] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.config.name
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the parameters, before an executor takes them."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+    def fill(self) -> None:
+        """Reads what is still stored into the model, on the CPU. Raises ConfigError."""
+        for name, parameter in list(self.model.named_parameters()):
+            if matrix := self.stored.pop(parameter, None):
+                _assign(self.model, name, matrix.read())
+                matrix.done()
+
+
+def fill_all(config: ModelConfig) -> bool:
+    """That no matrix of any model stays in its checkpoint."""
+    return False
 
 
 def load_model(
@@ -62,13 +84,16 @@ def load_model(
     device: torch.device,
     on_progress: Callable[[int, int], None],
     split: Split = ALONE,
+    keeps_stored: Callable[[ModelConfig], bool] = fill_all,
 ) -> LoadedModel:
     """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor.
 
     Args:
         source: A Hugging Face model directory, a .gguf file or a Hub id.
         dtype: A key of `DTYPES`: what parameters are converted to, and what the model computes in.
-        on_progress: Called with (bytes read, bytes in all), at the start and after each tensor.
+        on_progress: Called with (bytes read, bytes in all), at the start and after each tensor, also when those that
+            stay in the checkpoint are read.
+        keeps_stored: Whether the matrices of such a model stay there, for whoever packs them.
 
     Raises:
         ConfigError: naming the file, the tensor or field, and what to do.
@@ -79,22 +104,29 @@ def load_model(
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
     places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
+    num_values = sum(parameter.numel() for parameter in model.parameters())
+    check_room(source, num_values * DTYPES[dtype].itemsize, dtype, device)
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
     ]
-    total = sum(part_bytes(tensor, part) for tensor, _, part in wanted)
-    done = 0
-    on_progress(done, total)
+    progress = Progress(sum(part_bytes(tensor, part) for tensor, _, part in wanted), on_progress)
+    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
+    keeps = keeps_stored(checkpoint.config)
+    stored: dict[torch.Tensor, StoredMatrix] = {}
     for tensor, name, part in wanted:
-        values = checkpoint.read(tensor.name, DTYPES[dtype], part)
-        _assign(model, name, values.to(device))
-        done += part_bytes(tensor, part)
-        on_progress(done, total)
-    # The parameters are there already: this moves what the model computed for itself.
-    model.to(device)
-    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard)
+        parameter = model.get_parameter(name)
+        matrix = StoredMatrix(tensor, part, DTYPES[dtype], checkpoint, progress)
+        if keeps and parameter.dim() == 2:
+            stored[parameter] = matrix
+        else:
+            _assign(model, name, matrix.read().to(device))
+            matrix.done()
+    if not keeps:
+        # The parameters are there already: this moves what the model computed for itself.
+        model.to(device)
+    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
 
 
 def _places(checkpoint: Checkpoint) -> TensorPlaces:

@@ -13,7 +13,7 @@ import torch
 from engine.attention import Attention
 from engine.batch import Batch
 from engine.decoder_config import AlibiPositions, DecoderLayers, NormConfig
-from engine.loader import ALONE, LoadedModel, Split
+from engine.loader import ALONE, LoadedModel, Split, fill_all
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
@@ -93,6 +93,7 @@ class FakeLoader:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel:
         on_progress(1, 1)
-        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG))
+        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG), torch.float32, num_bytes=0)

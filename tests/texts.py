@@ -9,9 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.batch import Batch
+from engine.cpu.library import Kernels
+from engine.cpu.packed_model import PackedModel, pack_model
+from engine.cpu.packing import Packer
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
 from engine.loader import LoadedModel, load_model
+from engine.models.decoder import DecoderForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -20,8 +24,17 @@ def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
     return TorchExecutor(loaded.model, kv_cache)
 
 
-def load(directory: Path, dtype: str = "float32") -> LoadedModel:
-    return load_model(str(directory), dtype, CPU, lambda done, total: None)
+def load(directory: Path, dtype: str = "float32", *, stored: bool = False) -> LoadedModel:
+    """With `stored`, its matrices are left for a packer."""
+    return load_model(str(directory), dtype, CPU, lambda done, total: None, keeps_stored=lambda config: stored)
+
+
+def packed_for(loaded: LoadedModel, kernels: Kernels, num_threads: int = 2) -> PackedModel:
+    """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
+    assert isinstance(loaded.model, DecoderForCausalLM)
+    packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads))
+    loaded.fill()
+    return packed
 
 
 class Texts:
@@ -52,7 +65,7 @@ class Texts:
         # Block 0 belongs to no text: with it tables are padded.
         order = torch.randperm(len(texts) * blocks_each, generator=torch.Generator().manual_seed(1)) + 1
         self.tables = order.view(len(texts), blocks_each)
-        dtype = next(loaded.model.parameters()).dtype
+        dtype = loaded.dtype
         num_blocks = len(order) + 1
         config, kv_heads, layers = loaded.config, range(loaded.config.num_kv_heads), range(loaded.config.num_layers)
         if region:

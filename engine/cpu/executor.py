@@ -10,8 +10,8 @@ from engine.batch import Batch
 from engine.cpu.angles import angles_of
 from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation, Step
 from engine.cpu.lowering import PartialRows, lower_decoder
-from engine.cpu.packed_model import pack_model
-from engine.cpu.packing import PACK, Packer, padded
+from engine.cpu.packed_model import PackedModel
+from engine.cpu.packing import PACK, padded
 from engine.cpu.program import MAX_EXPERTS, Program, Rows
 from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
@@ -64,9 +64,10 @@ SumsBetween = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CpuExecutor:
-    """A `ModelExecutor`. Takes the model's weights out of it.
+    """A `ModelExecutor`.
 
     Args:
+        packed: The matrices of the loaded model, whose other parameters have values.
         kv_cache: In `cpu_layout`; of the heads and layers of the model's shard.
         max_tokens: Of a step.
         max_position: Tokens of the longest request.
@@ -77,6 +78,7 @@ class CpuExecutor:
         self,
         kernels: Kernels,
         loaded: LoadedModel,
+        packed: PackedModel,
         kv_cache: KVCache,
         *,
         max_tokens: int,
@@ -94,7 +96,6 @@ class CpuExecutor:
         self._program = Program(max_tokens, kernels.dtype)
         within = sums if isinstance(sums, SharedSums) else None
         partial_rows = within.partial_rows if within else self._private_rows
-        packed = pack_model(loaded.model, config, Packer(kernels))
         angles = angles_of(layers.positions, config.head_dim, max_position)
         int8_kv = kv_cache.scales is not None
         self._model = lower_decoder(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from engine.weights.checkpoint import FileRows
+
 # Before the kernels: torch brings its OpenMP, and a second one beside it would mean twice the threads.
 assert torch.__version__
 
@@ -141,6 +143,29 @@ class Step(ctypes.Structure):
     )
 
 
+class Source(ctypes.Structure):
+    """Rows of a matrix in memory (file -1, offset the address), or in a file. See kernels/packing.cpp."""
+
+    _fields_ = (
+        ("file", ctypes.c_int32),
+        ("encoding", ctypes.c_int32),
+        ("offset", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+    )
+
+
+# kernels/packing.cpp: Encoding.
+_ENCODINGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class PackStatus(IntEnum):
+    """What packing came to, where the system did not refuse to read (an errno, above zero)."""
+
+    PACKED = 0
+    NOT_FINITE = -1
+    CUT_SHORT = -2
+
+
 class Meetings:
     """How ranks of one host wait for each other; calls leave the interpreter free. The words lie in shared memory."""
 
@@ -187,17 +212,36 @@ class Kernels:
         self._run.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int32]
         self._run.restype = None
         self._pack = library[f"pdmesh_pack_{name}"]
-        self._pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
-        self._pack.restype = None
+        self._pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+        self._pack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
+        self._pack.restype = ctypes.c_int64
 
     def run(self, decoder: Decoder, step: Step, operations: "ctypes.Array[Operation]", num_threads: int) -> None:
         """Runs the operations one after the other, by `num_threads` threads. Pointers must be valid; nothing checks."""
         pointers = (ctypes.addressof(decoder), ctypes.addressof(step), ctypes.addressof(operations))
         self._run(*pointers, len(operations), num_threads)
 
-    def pack(self, packed: torch.Tensor, matrix: torch.Tensor, base: int, group: int, stride: int) -> None:
-        """Stores `matrix` [n, k] in a packed one of as many columns: row i as its row
-        base + i // group * stride + i % group."""
-        assert matrix.is_contiguous()
-        assert matrix.dtype == packed.dtype == self.dtype
-        self._pack(packed.data_ptr(), matrix.data_ptr(), *matrix.shape, base, group, stride)
+    def pack(
+        self, packed: torch.Tensor, k: int, rows: torch.Tensor, source: torch.Tensor | FileRows, num_threads: int
+    ) -> int:
+        """Stores rows of a matrix in a packed one of as many inputs `k`, converted to its type.
+
+        Args:
+            rows: int64; of each of the packed matrix' outputs, padding too, which row of the source it is; negative
+                where it stays as it is.
+            source: [rows, k], or where such rows lie in a file.
+
+        Returns:
+            A `PackStatus`, or the system's error number where the file cannot be read.
+        """
+        assert packed.dtype == self.dtype
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+        if isinstance(source, torch.Tensor):
+            assert source.stride(1) == 1 or k == 1
+            offset, row_bytes = source.data_ptr(), source.stride(0) * source.itemsize
+            place = Source(-1, _ENCODINGS[source.dtype], offset, row_bytes)
+        else:
+            place = Source(source.descriptor, _ENCODINGS[source.dtype], source.offset, source.row_bytes)
+        status: int = self._pack(packed.data_ptr(), k, rows.data_ptr(), len(rows), ctypes.addressof(place), num_threads)
+        return status

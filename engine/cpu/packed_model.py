@@ -103,7 +103,7 @@ class PackedModel:
 
 
 def pack_model(model: DecoderForCausalLM, config: ModelConfig, packer: Packer) -> PackedModel:
-    """Packs the model's matrices, taking each out of the model."""
+    """Packs the model's matrices, which it loses. Raises ConfigError where a checkpoint cannot give one of them."""
     decoder, layers = model.model, DecoderLayers.of(config)
     embedding = _packed_or_none(packer, decoder.embed_tokens)
     packed_layers = []
@@ -178,8 +178,8 @@ def _packed_or_none(packer: Packer, module: nn.Linear | VocabParallelEmbedding |
 
 
 def _taken(*modules: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Weights and biases, which the modules lose: what is packed need not lie in memory twice."""
-    weights = [module.get_parameter("weight").data for module in modules]
+    """Weights and biases, which the modules lose: they compute nothing."""
+    weights: list[torch.Tensor] = [module.get_parameter("weight") for module in modules]
     biases: list[torch.Tensor | None] = [module.bias if isinstance(module, nn.Linear) else None for module in modules]
     for module in modules:
         module.register_parameter("weight", None)

@@ -1,11 +1,14 @@
 """Weights in the order in which the kernels read them."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.cpu.library import Kernels
+from engine.cpu.library import Kernels, PackStatus
+from engine.weights.checkpoint import FileRows
+from engine.weights.stored import StoredMatrix
 from pdmesh.kv_memory import private_memory
 
 # kernels/matrix.h: kPanel.
@@ -41,41 +44,44 @@ class PackedMatrix:
 
 
 class Packer:
-    """Packs matrices, side by side or interleaved, into one. Of matrices on "meta", it gives what has shapes alone."""
+    """Packs matrices, side by side or interleaved, into one. Of matrices on "meta" that are stored nowhere, it gives
+    what has shapes alone.
 
-    def __init__(self, kernels: Kernels) -> None:
+    Args:
+        stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
+        num_threads: That pack.
+    """
+
+    def __init__(self, kernels: Kernels, stored: MutableMapping[torch.Tensor, StoredMatrix], num_threads: int) -> None:
         self._kernels = kernels
+        self._stored = stored
+        self._num_threads = num_threads
         self._memory = _LargePages()
 
     def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
-        n, k = sum(len(weight) for weight in weights), weights[0].shape[1]
-        values = self._zeros(n, k, weights[0].device)
-        base = 0
+        base, places = 0, []
         for weight in weights:
-            self._kernels.pack(values, weight, base, len(weight), 0)
+            places.append(base + torch.arange(len(weight)))
             base += len(weight)
-        return PackedMatrix(n, k, values, _bias(torch.cat([_filled(*pair) for pair in _pairs(weights, biases)])))
+        return self._packed(base, weights, biases, places)
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
-        (size, k) = weights[0].shape
-        n = 2 * padded(size, _HALF)
-        values, bias = self._zeros(n, k, weights[0].device), torch.zeros(n)
-        for place, (weight, own_bias) in enumerate(_pairs(weights, biases)):
-            self._interleave(values, bias, weight, _filled(weight, own_bias), place * _HALF)
-        return PackedMatrix(n, k, values, bias)
+        first = _alternating(torch.arange(len(weights[0])))
+        return self._packed(2 * padded(len(first), _HALF), weights, biases, [first, first + _HALF])
 
     def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
         """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
         two, `interleaved`. The bias is that of any expert: zeros."""
         (n, k), num_parts = experts[0][0].shape, len(experts[0])
         size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
-        values = self._zeros(len(experts) * size, k, experts[0][0].device)
+        values = self._zeros(len(experts) * size, experts[0][0])
+        outputs = torch.arange(n)
+        within = outputs if num_parts == 1 else _alternating(outputs)
         for expert, weights in enumerate(experts):
             for place, weight in enumerate(weights):
-                group, stride = (n, 0) if num_parts == 1 else (_HALF, PANEL)
-                self._kernels.pack(values, weight, expert * size + place * _HALF, group, stride)
+                self._pack(values, expert * size + place * _HALF + within, weight)
         return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
 
     def rotary(
@@ -83,47 +89,75 @@ class Packer:
     ) -> PackedMatrix:
         """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
         turns together; kernels/attention.h, Projection. The first `rotary_dim` dimensions turn."""
-        (q, k, v), half = weights, head_dim // 2
-        head_columns = 2 * padded(half, _HALF)
-        num_turned = (len(q) + len(k)) // head_dim * head_columns
-        n = num_turned + len(v)
-        values, bias = self._zeros(n, q.shape[1], q.device), torch.zeros(padded(n))
-        base = 0
-        for weight, own_bias in _pairs(weights, biases)[:2]:
-            filled = _filled(weight, own_bias)
-            for first in range(0, len(weight), head_dim):
-                for place, dims in enumerate(_halves(head_dim, rotary_dim)):
-                    rows = first + dims
-                    self._interleave(values, bias, weight[rows], filled[rows], base + place * _HALF)
-                base += head_columns
-        self._kernels.pack(values, v, num_turned, len(v), 0)
-        bias[num_turned:n] = _filled(v, biases[2])
-        return PackedMatrix(n, q.shape[1], values, bias)
+        q, k, v = weights
+        in_head = _places_in_head(head_dim, rotary_dim)
+        head_columns = 2 * padded(head_dim // 2, _HALF)
+        base, places = 0, []
+        for weight in (q, k):
+            heads = base + head_columns * torch.arange(len(weight) // head_dim)
+            places.append((heads[:, None] + in_head).flatten())
+            base += head_columns * len(heads)
+        places.append(base + torch.arange(len(v)))
+        return self._packed(base + len(v), weights, biases, places)
 
     @staticmethod
     def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
         """Of q's heads and k's, [head_dim] each: float32, one behind the other, as `rotary` orders a head."""
         head_dim = len(scales[0])
-        packed = torch.zeros(len(scales), padded(head_dim // 2, _HALF) // _HALF, 2, _HALF)
+        packed = torch.zeros(len(scales), 2 * padded(head_dim // 2, _HALF))
         for of_head, scale in zip(packed, scales, strict=True):
-            for place, dims in enumerate(_halves(head_dim, rotary_dim)):
-                pairs = torch.arange(len(dims))
-                of_head[pairs // _HALF, place, pairs % _HALF] = scale[dims].float()
+            of_head[_places_in_head(head_dim, rotary_dim)] = scale.float()
         return packed.flatten()
 
-    def _interleave(
-        self, values: torch.Tensor, bias: torch.Tensor, weight: torch.Tensor, filled: torch.Tensor, base: int
-    ) -> None:
-        """Puts 16 of a matrix' outputs from column `base` on, the next 16 a panel further, and so on."""
-        self._kernels.pack(values, weight, base, _HALF, PANEL)
-        outputs = torch.arange(len(weight))
-        bias[base + outputs // _HALF * PANEL + outputs % _HALF] = filled
+    def _packed(
+        self,
+        n: int,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        places: Sequence[torch.Tensor],
+    ) -> PackedMatrix:
+        """The matrix whose outputs `places` are those of `weights`, and all others zero."""
+        values, packed_bias = self._zeros(n, weights[0]), torch.zeros(padded(n))
+        for weight, bias, outputs in zip(weights, biases, places, strict=True):
+            self._pack(values, outputs, weight)
+            if bias is not None:
+                packed_bias[outputs] = bias.float()
+        return PackedMatrix(n, weights[0].shape[1], values, packed_bias)
 
-    def _zeros(self, n: int, k: int, device: torch.device) -> torch.Tensor:
+    def _pack(self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor) -> None:
+        """Stores a matrix in a packed one, as its `outputs`.
+
+        Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite.
+        """
+        if values.is_meta:
+            return
+        stored, k = self._stored.pop(weight, None), weight.shape[1]
+        source = weight if stored is None else stored.rows() or stored.read()
+        # From the panel with the first output on.
+        first = int(outputs.min()) // PANEL * PANEL
+        rows = torch.full((int(outputs.max()) + 1 - first,), -1)
+        rows[outputs - first] = _row_numbers(source)
+        panels = values[first * padded(k, PACK[values.dtype]) :]
+        status = self._kernels.pack(panels, k, rows, source, self._num_threads)
+        if stored is None:
+            assert status == PackStatus.PACKED, "what lies in memory was found finite when it was read"
+            return
+        match status:
+            case PackStatus.PACKED:
+                stored.done()
+            case PackStatus.NOT_FINITE:
+                raise stored.not_finite()
+            case PackStatus.CUT_SHORT:
+                raise stored.cut_short()
+            case error:
+                raise stored.unreadable(os.strerror(error))
+
+    def _zeros(self, n: int, like: torch.Tensor) -> torch.Tensor:
+        """Of a packed matrix of n outputs, of which `like` makes some."""
         dtype = self._kernels.dtype
-        num_values = padded(n) * padded(k, PACK[dtype])
-        if device.type == "meta":
-            return torch.empty(num_values, dtype=dtype, device=device)
+        num_values = padded(n) * padded(like.shape[1], PACK[dtype])
+        if like.is_meta and like not in self._stored:
+            return torch.empty(num_values, dtype=dtype, device="meta")
         return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
 
 
@@ -140,23 +174,22 @@ class _LargePages:
         return taken
 
 
-def _halves(head_dim: int, rotary_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dimensions that panels hold first, and those beside them: of what turns, then of what does not."""
-    turned, still = (
-        torch.arange(begin, end).view(2, (end - begin) // 2) for begin, end in ((0, rotary_dim), (rotary_dim, head_dim))
-    )
-    return torch.cat((turned[0], still[0])), torch.cat((turned[1], still[1]))
+def _row_numbers(source: torch.Tensor | FileRows) -> torch.Tensor:
+    if isinstance(source, torch.Tensor):
+        return torch.arange(len(source))
+    return torch.cat([torch.arange(run.start, run.stop) for run in source.runs])
 
 
-def _pairs(
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    return list(zip(weights, biases, strict=True))
+def _alternating(outputs: torch.Tensor) -> torch.Tensor:
+    """Where these come to lie if every 16 of them are followed by as many of another matrix'."""
+    return outputs // _HALF * PANEL + outputs % _HALF
 
 
-def _filled(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros(len(weight)) if bias is None else bias.float()
-
-
-def _bias(values: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, padded(len(values)) - len(values)))
+def _places_in_head(head_dim: int, rotary_dim: int) -> torch.Tensor:
+    """Where the panels of a head hold each of its dimensions: the halves of what turns, then of what does not,
+    alternating by 16."""
+    places = torch.empty(head_dim, dtype=torch.int64)
+    halves = [torch.arange(*ends).view(2, -1) for ends in ((0, rotary_dim), (rotary_dim, head_dim))]
+    for place, dims in enumerate(torch.cat(halves, dim=1)):
+        places[dims] = place * _HALF + _alternating(torch.arange(len(dims)))
+    return places

@@ -110,7 +110,7 @@ def _on_cpu_kernels(
     model = _model(config, model_config, probe)
     assert isinstance(model, DecoderForCausalLM)
     _give_values_to_vectors(model)
-    packed = pack_model(model, model_config, Packer(_NoKernels(dtype)))
+    packed = pack_model(model, model_config, Packer(_NoKernels(dtype), {}, num_threads=1))
     angles = angles_of(layers.positions, model_config.head_dim, _FEW_POSITIONS)
     program = Program(config.max_num_batched_tokens, dtype)
 
@@ -165,10 +165,7 @@ def _logits_bytes(config: EngineConfig, shard: Shard) -> int:
 
 
 class _NoKernels(Kernels):
-    """Packs matrices that have no values."""
+    """For packing what has no values."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-
-    def pack(self, packed: torch.Tensor, matrix: torch.Tensor, base: int, group: int, stride: int) -> None:
-        assert packed.device == matrix.device == torch.device("meta")

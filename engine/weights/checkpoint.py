@@ -10,6 +10,7 @@ import torch
 
 from engine.model_config import ModelConfig
 from engine.weights.tensor_names import TensorNames
+from pdmesh.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,31 @@ def part_bytes(tensor: StoredTensor, part: Part) -> int:
     return tensor.num_bytes * math.prod(part.shape_of(tensor.shape)) // num_values if num_values else 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """A part of a matrix as it lies in an open file: plain values in the machine's byte order.
+
+    Attributes:
+        descriptor: Of the file; valid while the checkpoint lives.
+        offset: Of the part's first column in the matrix' first row, in bytes.
+        row_bytes: From one row to the next.
+        runs: The part's rows, counted from the matrix' first.
+    """
+
+    descriptor: int
+    dtype: torch.dtype
+    offset: int
+    row_bytes: int
+    runs: tuple[range, ...]
+
+    @staticmethod
+    def of(tensor: StoredTensor, part: Part, dtype: torch.dtype, descriptor: int, offset: int) -> "FileRows":
+        """Of a matrix that begins at `offset`. No part of its transpose."""
+        first_column = part.columns_of(tensor.shape).start * dtype.itemsize
+        row_bytes = tensor.shape[1] * dtype.itemsize
+        return FileRows(descriptor, dtype, offset + first_column, row_bytes, part.runs_of(tensor.shape))
+
+
 def _within(wanted: range | None, size: int) -> range:
     if wanted is None:
         return range(size)
@@ -108,10 +134,32 @@ class Checkpoint(Protocol):
     @property
     def names(self) -> TensorNames: ...
 
+    def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
+        """Where the part of a matrix lies in its file; None where it does not lie there as plain values."""
+        ...
+
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         """A tensor's values on the CPU, or a part of them: contiguous, in memory of its own.
 
         Takes memory for what it returns and a piece of some MiB, however large the tensor. Of a q or k projection, a
-        part has all rows of some heads. Raises ConfigError where the file cannot give the values.
+        part has all rows of some heads. Raises ConfigError where the file cannot give the values, or some are not
+        finite.
         """
         ...
+
+
+def check_finite(values: torch.Tensor, tensor: StoredTensor) -> None:
+    """Raises ConfigError where some of a tensor's values are not finite."""
+    # NaN is the least and the largest of any values among which it is; this reads them once.
+    if values.numel() and not all(bound.isfinite() for bound in torch.aminmax(values)):
+        raise not_finite(tensor, values.dtype)
+
+
+def not_finite(tensor: StoredTensor, dtype: torch.dtype) -> ConfigError:
+    """What to say of a tensor that, read as `dtype`, has values that are not finite."""
+    if dtype == torch.float16 and tensor.encoding != "F16":
+        return ConfigError(
+            f"{tensor.file}: tensor {tensor.name} holds values that float16 cannot, or NaN: use --dtype bfloat16, or "
+            "get the file anew"
+        )
+    return ConfigError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity: get the file anew")

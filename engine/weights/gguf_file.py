@@ -4,7 +4,9 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import os
 import re
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from engine.config_fields import Fields
 from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_gguf
 from engine.models.family import GgufTensorFacts
-from engine.weights.checkpoint import WHOLE, Part, StoredTensor
-from engine.weights.pages import release_pages
+from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
+from engine.weights.pages import open_to_read, release_pages
 from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 from pdmesh.gguf_header import GgufTensor, read_gguf_header
@@ -28,6 +30,8 @@ _ENCODINGS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_
 
 # Encodings whose values numpy knows; the library takes the bytes of all others.
 _PLAIN = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+# That whoever reads the file itself can read.
+_PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Decoded at a time: pieces of this size stay in the processor's cache.
 _PIECE_VALUES = 1 << 18
@@ -63,6 +67,8 @@ class GgufFile:
         """Reads metadata and the list of tensors. Raises ConfigError."""
         self._path = path
         header = read_gguf_header(path)
+        self._descriptor = open_to_read(path)
+        weakref.finalize(self, os.close, self._descriptor)
         # As a plain array: each slice of a memmap costs microseconds.
         self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
         # By GGUF's names; the config is read from these and the metadata.
@@ -106,9 +112,22 @@ class GgufFile:
     def names(self) -> TensorNames:
         return self._names
 
+    def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
+        stored = self._tensors[name]
+        dtype = _PLAIN_DTYPES.get(stored.encoding)
+        if dtype is None or len(stored.shape) != 2 or part.transposed or self._permuted_heads(name):
+            return None
+        return FileRows.of(stored, part, dtype, self._descriptor, self._by_hf_name[name].offset)
+
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
+        values = self._values(self._by_hf_name[name], dtype, part, self._permuted_heads(name))
+        check_finite(values, self._tensors[name])
+        return values
+
+    def _permuted_heads(self, name: str) -> int | None:
+        """How many heads a tensor has whose rows lie in llama.cpp's order."""
         num_heads = {"q_proj": self._config.num_heads, "k_proj": self._config.num_kv_heads}.get(name.split(".")[-2])
-        return self._values(self._by_hf_name[name], dtype, part, num_heads if self._interleaved else None)
+        return num_heads if self._interleaved else None
 
     def _check(self, tensor: GgufTensor) -> GgufTensor:
         """Raises ConfigError for a tensor that we cannot decode, or that the file does not hold whole."""

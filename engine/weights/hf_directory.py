@@ -1,7 +1,10 @@
 """A Hugging Face model directory: config.json and safetensors, in one file or in shards that an index lists."""
 
 import json
+import os
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_hf
-from engine.weights.checkpoint import WHOLE, Part, StoredTensor
-from engine.weights.pages import release_pages
+from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
+from engine.weights.pages import open_to_read, release_pages
 from engine.weights.tensor_names import TensorNames
 from pdmesh.errors import ConfigError
 
@@ -30,6 +33,8 @@ _MAX_JSON_BYTES = 64 * 2**20
 # How much of the mapped file is read before its pages are let go.
 _PIECE_BYTES = 8 * 2**20
 _ENCODING_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# That whoever reads the files itself can read.
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HfDirectory:
@@ -43,6 +48,7 @@ class HfDirectory:
         self._files = tuple(directory / shard for shard in shards)
         self._shards: dict[Path, Any] = {file: _open_shard(file) for file in self._files}
         self._tensors = {tensor.name: tensor for file in self._files for tensor in _stored_tensors(file, self._shards)}
+        self._layouts: dict[Path, _Layout] = {}
         for shard, listed in shards.items():
             self._check_listed(shard, listed)
 
@@ -62,6 +68,16 @@ class HfDirectory:
     def names(self) -> TensorNames:
         return FAMILIES[self._config.architecture].names
 
+    def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
+        stored = self._tensors[name]
+        if len(stored.shape) != 2 or part.transposed or stored.encoding not in _PLAIN:
+            return None
+        if stored.file not in self._layouts:
+            self._layouts[stored.file] = layout = _read_layout(stored.file)
+            weakref.finalize(self, os.close, layout.descriptor)
+        layout = self._layouts[stored.file]
+        return FileRows.of(stored, part, _PLAIN[stored.encoding], layout.descriptor, layout.offsets[name])
+
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         stored = self._tensors[name]
         # Copied even where the dtype is right: the model must not depend on what becomes of the file.
@@ -69,7 +85,9 @@ class HfDirectory:
         try:
             lazy = self._shards[stored.file].get_slice(name)
             if values.dim() == 0:
-                return values.copy_(lazy[...])
+                values.copy_(lazy[...])
+                check_finite(values, stored)
+                return values
             whole = _bytes_of(lazy[...])
             row_bytes = stored.num_bytes // max(stored.shape[0], 1)
             rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
@@ -77,7 +95,9 @@ class HfDirectory:
                 for first in range(0, len(rows), rows_each):
                     piece = rows[first : first + rows_each]
                     # From views of the mapped file.
-                    place[first : first + len(piece)] = lazy[(slice(piece.start, piece.stop), *columns)]
+                    of_piece = place[first : first + len(piece)]
+                    of_piece.copy_(lazy[(slice(piece.start, piece.stop), *columns)])
+                    check_finite(of_piece, stored)
                     # The whole: systems map more of a file than is asked for, on both sides of a piece.
                     release_pages(whole)
         except SafetensorError as error:
@@ -146,6 +166,24 @@ def _open_shard(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file}: not a whole safetensors file ({error}): get it anew") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where tensors lie in an open file."""
+
+    descriptor: int
+    offsets: Mapping[str, int]
+
+
+def _read_layout(file: Path) -> _Layout:
+    """Of a file whose header the library has checked. https://github.com/huggingface/safetensors#format"""
+    descriptor = open_to_read(file)
+    header_bytes = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    header = json.loads(os.pread(descriptor, header_bytes, 8))
+    header.pop("__metadata__", None)
+    first = 8 + header_bytes
+    return _Layout(descriptor, {name: first + tensor["data_offsets"][0] for name, tensor in header.items()})
 
 
 def _stored_tensors(file: Path, shards: Mapping[Path, Any]) -> list[StoredTensor]:

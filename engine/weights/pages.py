@@ -1,13 +1,25 @@
-"""Pages of mapped files: those that were read count as this process's memory until they are let go."""
+"""Files of weights that are read at places; pages of mapped ones, which count as memory until they are let go."""
 
 import ctypes
 import mmap
+import os
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from pdmesh.errors import ConfigError
+
 _libc = ctypes.CDLL(None)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor, which the caller closes. Raises ConfigError."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
 def release_pages(mapped: npt.NDArray[np.uint8]) -> None:

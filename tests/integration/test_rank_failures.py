@@ -20,8 +20,9 @@ from bench.engine.random_llama import llama_config, write_random_llama
 from engine.api import EngineRequest
 from engine.assembly import Assembly, assemble
 from engine.core import EngineCore
-from engine.loader import ALONE, LoadedModel, Split, load_model
+from engine.loader import ALONE, LoadedModel, Split, fill_all, load_model
 from engine.local_engine import LocalEngine
+from engine.model_config import ModelConfig
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.spawn import spawned_group
 from engine.request import Request
@@ -220,8 +221,9 @@ class Failing:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel:
-        loaded = load_model(source, dtype, device, on_progress, split)
+        loaded = load_model(source, dtype, device, on_progress, split, keeps_stored)
         *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded

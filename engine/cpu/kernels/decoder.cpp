@@ -350,16 +350,6 @@ void pdmesh_run_bfloat16(const pdmesh::Decoder* decoder, const pdmesh::Step* ste
   pdmesh::run<pdmesh::BFloat16>(*decoder, *step, operations, num_operations, num_threads);
 }
 
-void pdmesh_pack_float32(float* packed, const float* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
-                         int64_t stride) {
-  pdmesh::pack_matrix<pdmesh::Float32>(packed, matrix, n, k, base, group, stride);
-}
-
-void pdmesh_pack_bfloat16(uint16_t* packed, const uint16_t* matrix, int64_t n, int64_t k, int64_t base, int64_t group,
-                          int64_t stride) {
-  pdmesh::pack_matrix<pdmesh::BFloat16>(packed, matrix, n, k, base, group, stride);
-}
-
 // Sums values[n] over the ranks of a group; 0 if it was given up.
 int32_t pdmesh_all_reduce(pdmesh::Group* group, float* values, int64_t n) {
   return pdmesh::all_reduce(*group, values, n);

@@ -16,7 +16,7 @@ from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
 from engine.kv_int8 import dequantize, quantize
 from engine.loader import LoadedModel
-from tests.texts import Texts, assert_same_logits, load, random_text, reference_logits
+from tests.texts import Texts, assert_same_logits, load, packed_for, random_text, reference_logits
 
 SHAPES = ["gqa", "mha", "mqa-tied", "biases", "rope-linear", "rope-llama3", "rope-yarn"]
 # The best of this machine, and those below it: what it computes, lesser machines compute with.
@@ -45,9 +45,11 @@ def texts_on_kernels(
     region: bool = False,
 ) -> Texts:
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
+        kernels = Kernels(kernels_path(target or this_target()), kv_cache.dtype)
         return CpuExecutor(
-            Kernels(kernels_path(target or this_target()), kv_cache.dtype),
+            kernels,
             loaded,
+            packed_for(loaded, kernels, num_threads),
             kv_cache,
             max_tokens=512,
             max_position=256,
@@ -55,7 +57,7 @@ def texts_on_kernels(
         )
 
     return Texts(
-        load(directory, dtype),
+        load(directory, dtype, stored=True),
         texts,
         block_size=block_size,
         layout=KVLayout(2 if int8 else PACK[dtype]),

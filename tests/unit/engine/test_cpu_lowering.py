@@ -31,7 +31,7 @@ from engine.models import build_model
 from engine.parallel.shard import Shard, shard_of
 from engine.rope import RopeConfig
 from engine.weights.checkpoint import Part
-from tests.texts import Texts, random_text
+from tests.texts import Texts, packed_for, random_text
 
 try:
     PATH = kernels_path(this_target())
@@ -157,7 +157,7 @@ def loaded(config: ModelConfig, values: Values, dtype: torch.dtype, shard: Shard
                 of_rank = of_rank[:, _slice(part.columns)]
             assert of_rank.shape == parameter.shape
             module.register_parameter(name, torch.nn.Parameter(of_rank.to(dtype).contiguous(), requires_grad=False))
-    return LoadedModel(model, config, "", shard or shard_of(config))
+    return LoadedModel(model, config, "", shard or shard_of(config), dtype, num_bytes=0)
 
 
 def _slice(rows: range) -> slice:
@@ -166,7 +166,8 @@ def _slice(rows: range) -> slice:
 
 def on_kernels(model: LoadedModel, kv_cache: KVCache, sums: SumsBetween | None = None) -> ModelExecutor:
     kernels = Kernels(PATH, kv_cache.dtype)
-    return CpuExecutor(kernels, model, kv_cache, max_tokens=256, max_position=256, num_threads=2, sums=sums)
+    packed = packed_for(model, kernels)
+    return CpuExecutor(kernels, model, packed, kv_cache, max_tokens=256, max_position=256, num_threads=2, sums=sums)
 
 
 def texts_on_kernels(model: LoadedModel, dtype: torch.dtype, *, int8: bool = False) -> Texts:

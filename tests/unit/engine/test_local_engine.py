@@ -10,8 +10,9 @@ import torch
 
 from engine.api import BlockEvents, BlockLease, EngineRequest, ImportedPrompt, OutputStream, PrefillUpdate
 from engine.config import EngineConfig
-from engine.loader import ALONE, LoadedModel, Split
+from engine.loader import ALONE, LoadedModel, Split, fill_all
 from engine.local_engine import LocalEngine
+from engine.model_config import ModelConfig
 from pdmesh.errors import ConfigError, InternalError, InvalidRequestError, UnavailableError
 from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.sampling import SamplingParams
@@ -469,6 +470,7 @@ async def test_a_model_that_cannot_be_loaded() -> None:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel:
         raise ConfigError(f"{source} is no model")
 
@@ -488,6 +490,7 @@ async def test_closing_while_the_model_loads() -> None:
         device: torch.device,
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
+        keeps_stored: Callable[[ModelConfig], bool] = fill_all,
     ) -> LoadedModel:
         on_progress(0, 2)
         loading.set()
