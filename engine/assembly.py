@@ -18,8 +18,8 @@ from engine.backend import (
     cpu_kernels,
     kv_dtype,
     kv_layout,
-    pack_weights,
     packs,
+    place_model,
     weight_quantization,
 )
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
@@ -141,10 +141,10 @@ def load_part(
         device,
         on_progress,
         ALONE if group is None else group.split,
-        lambda model: packs(config, model, kernels),
+        lambda model: config.offloads or packs(config, model, kernels),
         quantization,
     )
-    packed = pack_weights(config, loaded, kernels, quantization)
+    packed = place_model(config, loaded, kernels, device, quantization)
     share = 1.0 if group is None else group.kv_share(loaded, device)
     stored = kv_dtype(config, DTYPES[config.dtype_name])
     block_bytes = bytes_per_block(loaded.config, config.block_size, stored)

@@ -45,7 +45,7 @@ def packed_for(
     """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
     assert isinstance(loaded.model, DecoderForCausalLM)
     packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads, quantization))
-    loaded.fill()
+    loaded.fill(CPU)
     return packed
 
 

@@ -28,7 +28,8 @@ def peak_step_bytes(
     config: EngineConfig, model_config: ModelConfig, shard: Shard, model: CausalLM, max_model_len: int
 ) -> int:
     """The most that is allocated at once, of the two steps that take most: the last chunk of the longest request, and
-    a full batch of requests that are as long together.
+    a full batch of requests that are as long together. In half precision, a CPU's products also take a matrix in an
+    order of their own.
 
     Args:
         model: Of the shard; goes to the "meta" device.
@@ -46,7 +47,10 @@ def peak_step_bytes(
         _batch([chunk], [max_model_len], config.block_size),
         _batch([1] * len(decodes), decodes, config.block_size),
     ]
-    return max(_peak(executor, batch, _hidden(batch, model_config, shard, dtype)) for batch in steps)
+    peak = max(_peak(executor, batch, _hidden(batch, model_config, shard, dtype)) for batch in steps)
+    if config.torch_device.type == "cpu" and dtype != torch.float32:
+        peak += max(parameter.nbytes for parameter in model.parameters())
+    return peak
 
 
 def _peak(executor: TorchExecutor, batch: Batch, hidden: torch.Tensor | None) -> int:

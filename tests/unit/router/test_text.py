@@ -168,7 +168,7 @@ def test_templates_refuse_and_reach_nothing_outside(template: str) -> None:
 
 
 def test_a_template_that_is_no_jinja_ends_the_start() -> None:
-    with pytest.raises(ConfigError, match="^tiny: the chat template is no valid Jinja"):
+    with pytest.raises(ConfigError, match=r"^tiny: the chat template is no valid Jinja"):
         ChatTemplate("{% if %}", {}, "tiny")
 
 
