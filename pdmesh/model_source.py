@@ -4,7 +4,8 @@ Router and workers resolve it by this one rule, so that they agree on the model'
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pdmesh.errors import ConfigError
@@ -36,6 +37,17 @@ def find_model(source: str, hub_files: Sequence[str]) -> Path:
     if not is_hub_id(source):
         raise ConfigError(f"{source}: no such file or directory: name a model directory, a .gguf file or a Hub id")
     return _downloaded(source, hub_files)
+
+
+@contextmanager
+def files_can_be_read(source: str) -> Iterator[None]:
+    """Around what looks for a model's files and reads them: what the system refuses is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or source}: cannot be read ({error.strerror}): check the file and its permissions"
+        ) from error
 
 
 def is_hub_id(source: str) -> bool:

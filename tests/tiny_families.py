@@ -20,9 +20,9 @@ _PLAIN: dict[str, object] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
     "pad_token_id": 0,
     # Large weights: logits that differ from token to token, so that greedy tokens tell models apart.
     "initializer_range": 0.3,
@@ -86,7 +86,9 @@ SHAPES = {
             },
         },
     ),
-    "gemma2": Shape("Gemma2", {**_GEMMA2, "initializer_range": 0.2, "sliding_window": WINDOW}, embedding_scale=0.1),
+    "gemma2": Shape(
+        "Gemma2", {**_GEMMA2, "initializer_range": 0.2, "sliding_window": WINDOW}, seed=2, embedding_scale=0.1
+    ),
     "gemma2-plain": Shape(
         "Gemma2",
         {
@@ -120,18 +122,18 @@ SHAPES = {
         "OPT",
         {
             "num_hidden_layers": 2,
-            "init_std": 0.1,
+            "init_std": 0.05,
             "ffn_dim": 96,
             "do_layer_norm_before": False,
             "word_embed_proj_dim": 32,
         },
-        seed=3,
+        seed=11,
         embedding_scale=10.0,
     ),
     "opt-plain": Shape("OPT", {"init_std": 0.3, "ffn_dim": 96, "enable_bias": False, "activation_function": "gelu"}),
     "bloom": Shape("Bloom", {"initializer_range": 0.4}, seed=1),
-    "bloom-heads": Shape("Bloom", {"hidden_size": 96, "num_attention_heads": 6}, seed=2),
-    "gpt-neox": Shape("GPTNeoX", {}),
+    "bloom-heads": Shape("Bloom", {"hidden_size": 96, "num_attention_heads": 6, "tie_word_embeddings": False}, seed=4),
+    "gpt-neox": Shape("GPTNeoX", {}, seed=8),
     "gpt-neox-sequential": Shape(
         "GPTNeoX",
         {

@@ -65,11 +65,12 @@ def make_tiny_model(directory: Path, shape: str, *, seed: int = 0) -> Path:
     }
     config = LlamaConfig(**{**fields, **SHAPES[shape]})
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
     return directory
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer of `VOCAB_SIZE` tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: index for index, symbol in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -167,6 +167,8 @@ def _other_configs(fit: Fit, model: ModelConfig) -> Iterator[tuple[EngineConfig,
             f"--kv-cache-bytes {wanted}, as --max-model-len {config.max_model_len} takes",
         )
         yield replace(config, max_model_len=None), "leave --max-model-len out"
+    if config.kv_cache_dtype != "int8":
+        yield replace(config, kv_cache_dtype="int8"), "--kv-cache-dtype int8"
     for dtype, torch_dtype in DTYPES.items():
         if torch_dtype.itemsize < DTYPES[config.dtype_name].itemsize:
             yield replace(config, dtype=dtype), f"--dtype {dtype}"

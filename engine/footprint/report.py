@@ -133,6 +133,7 @@ class Serving:
     dtype: str
     computed_by: str
     not_faster_because: str
+    kv_dtype: str
     kv_layout: str
     block_size: int
     block_bytes: int
@@ -247,6 +248,7 @@ def _serving(fit: Fit, process_bytes: int) -> Serving:
         dtype=config.dtype_name,
         computed_by=fit.choice.way.value,
         not_faster_because=fit.choice.because,
+        kv_dtype=config.kv_dtype_name,
         kv_layout=fit.layout.name,
         block_size=config.block_size,
         block_bytes=fit.block_bytes,

@@ -3,7 +3,7 @@
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf_file import GgufFile
 from engine.weights.hf_directory import DOWNLOAD_PATTERNS, HfDirectory
-from pdmesh.model_source import find_model, model_name
+from pdmesh.model_source import files_can_be_read, find_model, model_name
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -12,5 +12,6 @@ def open_checkpoint(source: str) -> Checkpoint:
     Raises:
         ConfigError: if there is no such model, or its files are damaged.
     """
-    path = find_model(source, DOWNLOAD_PATTERNS)
-    return GgufFile(path) if path.is_file() else HfDirectory(path, model_name(source))
+    with files_can_be_read(source):
+        path = find_model(source, DOWNLOAD_PATTERNS)
+        return GgufFile(path) if path.is_file() else HfDirectory(path, model_name(source))

@@ -37,6 +37,11 @@ class LocalConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
+    kv_cache_dtype: str = option(
+        "what keys and values are stored in; auto: as the model computes; int8: with a scale for each token and head",
+        default="auto",
+        choices=("auto", "int8"),
+    )
     num_threads: int | None = option(
         "CPU threads of each worker, or of each rank of it; default: the cores, divided", default=None
     )

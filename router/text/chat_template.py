@@ -26,12 +26,13 @@ class ChatTemplate:
     Args:
         source: Jinja text.
         special_tokens: What the template may name: "bos_token", "eos_token", ….
+        where: The model's files, as error messages name them.
 
     Raises:
         ConfigError: if the template is no valid Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -40,8 +41,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template is no valid Jinja ({error}): get its files anew") from error
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ConfigError(f"{where}: the chat template is no valid Jinja ({error}): get the files anew") from error
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pdmesh.errors import ConfigError
-from pdmesh.model_source import find_model, model_name
+from pdmesh.model_source import files_can_be_read, find_model, model_name
 
 # All that is fetched from the Hub.
 _TEXT_FILES = (
@@ -46,10 +46,11 @@ def find_model_files(source: str) -> ModelFiles:
     Raises:
         ConfigError: if there is no such model, or nothing in it to make a tokenizer from.
     """
-    path = find_model(source, _TEXT_FILES)
-    if path.is_file():
-        return _in_directory(path.parent, model_name(source), path)
-    return _in_directory(path, model_name(source), None)
+    with files_can_be_read(source):
+        path = find_model(source, _TEXT_FILES)
+        if path.is_file():
+            return _in_directory(path.parent, model_name(source), path)
+        return _in_directory(path, model_name(source), None)
 
 
 def _in_directory(directory: Path, name: str, gguf: Path | None) -> ModelFiles:
@@ -68,8 +69,15 @@ def _in_directory(directory: Path, name: str, gguf: Path | None) -> ModelFiles:
         _read_json(directory / "tokenizer_config.json"),
         _read_json(directory / "config.json"),
         _read_json(directory / "generation_config.json"),
-        template.read_text(encoding="utf-8") if template.is_file() else None,
+        _read_text(template) if template.is_file() else None,
     )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 ({error}): get the file anew") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: larger than {_MAX_JSON_BYTES} bytes: this is no model's file")
     try:
         fields = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}): get the file anew") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: must hold a JSON object: get the file anew")

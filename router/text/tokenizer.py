@@ -116,7 +116,7 @@ def _from_tokenizer_json(files: ModelFiles, path: Path) -> TextModel:
         eos_token_ids=[*eos, *_gguf_eos(metadata)],
         bos_token_id=bos[0] if bos else None,
         add_bos=add_bos if isinstance(add_bos, bool) else None,
-        chat_template=ChatTemplate(template, special_tokens) if template else None,
+        chat_template=ChatTemplate(template, special_tokens, str(path.parent)) if template else None,
     )
 
 
@@ -135,7 +135,7 @@ def _from_gguf(name: str, path: Path) -> TextModel:
         eos_token_ids=[*_gguf_eos(metadata), *turn_ends],
         bos_token_id=bos if isinstance(bos, int) else None,
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata))),
-        chat_template=ChatTemplate(template, special_tokens) if template else None,
+        chat_template=ChatTemplate(template, special_tokens, str(path)) if template else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from engine.config import EngineConfig
 from engine.local_engine import LocalEngine
 from kvstore.transfer.transports import TRANSPORTS
 from pdmesh.sampling import SamplingParams
+from tests import tiny_families
 from tests.mesh import Mesh
-from tests.tiny_models import EOS_TOKEN_ID, SHAPES, VOCAB_SIZE, make_tiny_model
+from tests.tiny_models import EOS_TOKEN_ID, SHAPES, VOCAB_SIZE, make_tiny_model, write_tokenizer
 
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 200, 300, 400, 511, 600)
@@ -35,8 +36,10 @@ def prompts(vocab_size: int = VOCAB_SIZE - 64) -> list[tuple[int, ...]]:
 
 
 @asynccontextmanager
-async def running_engine(model: Path) -> AsyncIterator[LocalEngine]:
-    engine = LocalEngine(EngineConfig(model=str(model), dtype="float32", num_blocks=512, num_threads=1))
+async def running_engine(model: Path, kv_cache_dtype: str = "auto") -> AsyncIterator[LocalEngine]:
+    engine = LocalEngine(
+        EngineConfig(model=str(model), dtype="float32", kv_cache_dtype=kv_cache_dtype, num_blocks=512, num_threads=1)
+    )
     try:
         await engine.start(lambda done, total: None)
         yield engine
@@ -58,6 +61,40 @@ async def test_disaggregated_equals_aggregated_equals_transformers(shape: str, t
     await _check_equal_tokens(model, reference, prompts())
 
 
+async def test_with_kv_in_8_bits_disaggregated_equals_aggregated(tiny_model: Path) -> None:
+    requests = [(prompt, sampling) for prompt in prompts()[::3] for sampling in (GREEDY, SEEDED)]
+    async with running_engine(tiny_model, "int8") as engine:
+        alone = [await aggregated(engine, prompt, sampling) for prompt, sampling in requests]
+    async with running_engine(tiny_model) as engine:
+        assert alone != [await aggregated(engine, prompt, sampling) for prompt, sampling in requests]
+    short = {"short_prefill_tokens": 1}
+    for transport in TRANSPORTS:
+        kv = {"kv_cache_dtype": "int8"}
+        async with Mesh(tiny_model, transports=transport, engine=kv, decode=short, router=short) as mesh:
+            results = await asyncio.gather(
+                *(mesh.client.generate(tokens=prompt, sampling=sampling) for prompt, sampling in requests)
+            )
+            assert [list(result.token_ids) for result in results] == alone
+            assert transport in {result.report.kv_transport for result in results}
+            await mesh.assert_idle()
+
+
+# Of each family, the shape that has most of what its layers have and others have not.
+TELLING = ["gemma3", "gpt2", "opt-post", "bloom-heads", "gpt-neox", "mixtral", "qwen3-moe-some"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [shape if shape in TELLING else pytest.param(shape, marks=pytest.mark.slow) for shape in tiny_families.SHAPES],
+)
+async def test_every_family(shape: str, tmp_path: Path) -> None:
+    model = tiny_families.make_tiny_family(tmp_path, shape)
+    write_tokenizer(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    few = [prompt for prompt in prompts() if len(prompt) in (1, 16, 33, 65, 200)]
+    await _check_equal_tokens(model, reference, few, transports=["tcp"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_smollm2_disaggregated_equals_aggregated_equals_transformers(smollm2: Path) -> None:
@@ -68,9 +105,13 @@ async def test_smollm2_disaggregated_equals_aggregated_equals_transformers(smoll
 
 
 async def _check_equal_tokens(
-    model: Path, reference: torch.nn.Module, prompts: Sequence[tuple[int, ...]], eos_token_id: int = EOS_TOKEN_ID
+    model: Path,
+    reference: torch.nn.Module,
+    prompts: Sequence[tuple[int, ...]],
+    eos_token_id: int = EOS_TOKEN_ID,
+    transports: Iterable[str] = TRANSPORTS,
 ) -> None:
-    """Every prompt, greedy and seeded, gets the same tokens in one engine and over every transport."""
+    """Every prompt, greedy and seeded, gets the same tokens in one engine and over every one of the transports."""
     greedy, seeded = (replace(sampling, stop_token_ids=(eos_token_id,)) for sampling in (GREEDY, SEEDED))
     async with running_engine(model) as engine:
         alone = {
@@ -80,7 +121,7 @@ async def _check_equal_tokens(
     for prompt, tokens in zip(prompts, alone[greedy], strict=True):
         assert tokens == _transformers_greedy(reference, prompt), f"prompt of {len(prompt)} tokens"
     short = {"short_prefill_tokens": 1}
-    for transport in TRANSPORTS:
+    for transport in transports:
         async with Mesh(model, transports=transport, decode=short, router=short) as mesh:
             for sampling, expected in alone.items():
                 for prompt, tokens in zip(prompts, expected, strict=True):

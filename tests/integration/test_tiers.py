@@ -74,15 +74,20 @@ async def router_knows(mesh: Mesh, worker: PrefillService, holder_id: str, token
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("tier", ["host", "disk"])
-async def test_an_evicted_prefix_comes_back(tiny_model: Path, tmp_path: Path, role: str, tier: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "tier", "kv_cache_dtype"),
+    [(role, tier, "auto") for role in ("prefill", "decode") for tier in ("host", "disk")]
+    + [("prefill", "disk", "int8")],
+)
+async def test_an_evicted_prefix_comes_back(
+    tiny_model: Path, tmp_path: Path, role: str, tier: str, kv_cache_dtype: str
+) -> None:
     tiers: dict[str, object] = {"kv_host_gib": 0.05}
     if tier == "disk":
         # Host memory for few blocks: most of a prompt's are on disk when it is asked for again.
         tiers = {"kv_host_gib": 0.0004, "kv_disk_gib": 0.1, "kv_disk_dir": str(tmp_path)}
     # A cache for two prompts, of which the next ones leave nothing.
-    engine = {"num_blocks": 64, "max_model_len": 512}
+    engine = {"num_blocks": 64, "max_model_len": 512, "kv_cache_dtype": kv_cache_dtype}
     prefill_tiers, decode_tiers = (tiers, {}) if role == "prefill" else ({}, tiers)
     async with Mesh(tiny_model, engine=engine, prefill_tiers=prefill_tiers, decode_tiers=decode_tiers) as mesh:
         first, none_cached = await ask(mesh, prompt(1))

@@ -14,6 +14,7 @@ from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Kernels
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
+from engine.kv_int8 import dequantize, quantize
 from engine.loader import LoadedModel
 from tests.texts import Texts, assert_same_logits, load, packed_for, random_text, reference_logits
 
@@ -24,6 +25,12 @@ try:
 except BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 PACK = {"float32": 1, "bfloat16": 2}
+# What the model computes in, and whether its K and V are stored in 8 bits.
+STORED = pytest.mark.parametrize(
+    ("dtype", "int8"),
+    [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)],
+    ids=["float32", "bfloat16", "float32-int8", "bfloat16-int8"],
+)
 
 
 def texts_on_kernels(
@@ -113,12 +120,14 @@ def test_the_number_of_threads_changes_no_bit(tiny_llama: Callable[[str], Path],
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("dtype", PACK)
+@STORED
 @pytest.mark.parametrize("shape", ["gqa", "mqa-tied"])
-def test_a_region_of_blocks_gives_the_same_bits(tiny_llama: Callable[[str], Path], shape: str, dtype: str) -> None:
+def test_a_region_of_blocks_gives_the_same_bits(
+    tiny_llama: Callable[[str], Path], shape: str, dtype: str, int8: bool
+) -> None:
     tokens = [random_text(130), random_text(20, seed=1)]
     whole, region = (
-        texts_on_kernels(tiny_llama(shape), tokens, dtype=dtype, region=region) for region in (False, True)
+        texts_on_kernels(tiny_llama(shape), tokens, dtype=dtype, int8=int8, region=region) for region in (False, True)
     )
     for texts in (whole, region):
         texts.step({0: 100})
@@ -127,29 +136,31 @@ def test_a_region_of_blocks_gives_the_same_bits(tiny_llama: Callable[[str], Path
     for text in range(2):
         assert torch.equal(region.logits_of(text), whole.logits_of(text))
     # [text, block]: equal in NaN, too, where nothing was written.
-    stored, expected = (texts.cache.data[texts.tables] for texts in (region, whole))
-    assert torch.equal(stored.nan_to_num(7), expected.nan_to_num(7))
+    stored, expected = (_stored(texts.cache)[texts.tables] for texts in (region, whole))
+    assert torch.equal(stored, expected)
     num_bytes = sum(np.count_nonzero(region.cache.view(block)) for block in range(region.cache.num_blocks))
-    assert num_bytes == torch.count_nonzero(region.cache.data.contiguous().view(torch.uint8)), "wrote outside of it"
+    assert num_bytes == torch.count_nonzero(_stored(region.cache)), "wrote outside of it"
 
 
 LENGTHS = (150, 97, 33, 16, 1)
 
 
-@pytest.mark.parametrize("dtype", PACK)
-def test_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(tiny_llama: Callable[[str], Path], dtype: str) -> None:
+@STORED
+def test_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
+    tiny_llama: Callable[[str], Path], dtype: str, int8: bool
+) -> None:
     directory = tiny_llama("gqa")
     tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
     alone = []
     for text in tokens:
-        whole = texts_on_kernels(directory, [text], dtype=dtype)
+        whole = texts_on_kernels(directory, [text], dtype=dtype, int8=int8)
         whole.step({0: len(text)})
         alone.append(whole.logits_of(0))
 
     @settings(max_examples=25, deadline=None)
     @given(st.lists(st.dictionaries(st.integers(0, len(LENGTHS) - 1), st.integers(1, 100), min_size=1), max_size=12))
     def check(steps: list[dict[int, int]]) -> None:
-        together = texts_on_kernels(directory, tokens, dtype=dtype)
+        together = texts_on_kernels(directory, tokens, dtype=dtype, int8=int8)
 
         def step(wanted: dict[int, int]) -> None:
             counts = {text: min(n, LENGTHS[text] - together.num_computed[text]) for text, n in wanted.items()}
@@ -185,6 +196,53 @@ def test_states_that_nobody_wants_are_left_out_and_the_others_are_the_same(
         ):
             for text, length in counts.items():
                 assert torch.equal(of_part[text, :, :length], of_whole[text, :, :length])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("shape", ["gqa", "mha"])
+def test_int8_holds_what_torch_makes_of_the_same_keys_and_values(
+    tiny_llama: Callable[[str], Path], shape: str, target: Target
+) -> None:
+    text = random_text(50)
+    wide, narrow = (texts_on_kernels(tiny_llama(shape), [text], int8=int8, target=target) for int8 in (False, True))
+    for texts in (wide, narrow):
+        texts.step({0: 33})
+        texts.step({0: 17})
+    # The first layer's follow from the tokens alone.
+    exact, stored = ([kv[0, :, :50] for kv in texts.cache.gather(0, texts.tables)] for texts in (wide, narrow))
+    for values, gathered in zip(exact, stored, strict=True):
+        assert torch.equal(gathered, dequantize(*quantize(values), torch.float32))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", PACK)
+def test_int8_on_kernels_is_as_near_as_in_torch(tiny_llama: Callable[[str], Path], dtype: str, target: Target) -> None:
+    directory = tiny_llama("biases")
+    text = random_text(150)
+    expected = reference_logits(directory, text)
+    ours = texts_on_kernels(directory, [text], dtype=dtype, int8=True, target=target)
+    plain = Texts(load(directory, dtype), [text], int8=True)
+    for texts in (ours, plain):
+        texts.step({0: 100})
+        texts.step({0: 1})
+        texts.step({0: 49})
+    assert _error(ours.logits_of(0), expected) < 1.05 * _error(plain.logits_of(0), expected) < 0.1
+
+
+def test_a_key_that_is_not_finite_shows_in_int8_too(tiny_llama: Callable[[str], Path]) -> None:
+    texts = texts_on_kernels(tiny_llama("gqa"), [random_text(40)], int8=True)
+    texts.step({0: 39})
+    assert texts.cache.scales is not None
+    assert texts.logits[0][0].isfinite().all()
+    texts.cache.scales[texts.tables[0, 1], 0, 0, 1, 3] = torch.nan
+    texts.step({0: 1})
+    assert texts.logits[0][1].isnan().all()
+
+
+def _stored(cache: KVCache) -> torch.Tensor:
+    """The bytes of values, and those of scales, [blocks, bytes]."""
+    parts = [cache.data, *([] if cache.scales is None else [cache.scales])]
+    return torch.cat([part.flatten(1).contiguous().view(torch.uint8) for part in parts], 1)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:

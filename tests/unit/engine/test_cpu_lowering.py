@@ -170,10 +170,10 @@ def on_kernels(model: LoadedModel, kv_cache: KVCache, sums: SumsBetween | None =
     return CpuExecutor(kernels, model, packed, kv_cache, max_tokens=256, max_position=256, num_threads=2, sums=sums)
 
 
-def texts_on_kernels(model: LoadedModel, dtype: torch.dtype) -> Texts:
-    layout = cpu_layout(model.config, 16, dtype)
+def texts_on_kernels(model: LoadedModel, dtype: torch.dtype, *, int8: bool = False) -> Texts:
+    layout = cpu_layout(model.config, 16, dtype, torch.int8 if int8 else None)
     assert layout is not None, "the kernels serve this decoder"
-    return Texts(model, TEXTS, block_size=16, layout=layout, make_executor=on_kernels)
+    return Texts(model, TEXTS, block_size=16, layout=layout, int8=int8, make_executor=on_kernels)
 
 
 def compute(texts: Texts) -> list[torch.Tensor]:
@@ -192,6 +192,27 @@ def test_the_kernels_compute_what_torch_does(name: str) -> None:
     actual = compute(texts_on_kernels(loaded(config, values, torch.float32), torch.float32))
     for of_text, of_expected in zip(actual, expected, strict=True):
         assert (of_text - of_expected).abs().max() < 1e-5 * of_expected.abs().max()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_with_kv_in_8_bits_they_are_as_near_as_torch(name: str) -> None:
+    config, dtype = DECODERS[name], torch.float32
+    values = random_values(config)
+    exact = torch.cat(compute(Texts(loaded(config, values, dtype), TEXTS)))
+    in_torch = torch.cat(compute(Texts(loaded(config, values, dtype), TEXTS, int8=True)))
+    ours = torch.cat(compute(texts_on_kernels(loaded(config, values, dtype), dtype, int8=True)))
+    assert 0 < (ours - exact).norm() < 1.1 * (in_torch - exact).norm()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_with_kv_in_8_bits_a_row_has_the_same_bits_however_steps_are_cut(name: str) -> None:
+    config, dtype = DECODERS[name], torch.bfloat16
+    values = random_values(config)
+    together = compute(texts_on_kernels(loaded(config, values, dtype), dtype, int8=True))
+    alone = texts_on_kernels(loaded(config, values, dtype), dtype, int8=True)
+    for text, tokens in enumerate(TEXTS):
+        alone.step({text: len(tokens)})
+        assert torch.equal(alone.logits_of(text), together[text])
 
 
 class Ranks:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.backend import Choice, Way, choose_way
+from engine.config import EngineConfig
 from engine.cuda.support import no_kernels_because, unsupported
+from engine.kv_cache import PLAIN
 from engine.loader import load_model
 from engine.model_config import ModelConfig
 from tests.unit.engine.cuda_device import needs_cuda
@@ -26,6 +29,12 @@ def test_others_are_refused_with_the_reason(config: ModelConfig) -> None:
     assert "288 dimensions" in (unsupported(replace(config, head_dim=288)) or "")
     assert "71 query heads" in (unsupported(replace(config, num_heads=71, num_kv_heads=1)) or "")
     assert "sliding windows" in (unsupported(replace(config, windows=(None, 20, None))) or "")
+
+
+def test_kv_in_8_bits_is_read_by_torch(config: ModelConfig) -> None:
+    told = EngineConfig(model="tiny", kv_cache_dtype="int8")
+    choice = choose_way(told, config, PLAIN, torch.device("cuda"), has_cpu_kernels=False)
+    assert choice == Choice(Way.TORCH, "the CUDA kernels read no KV cache in int8")
 
 
 @needs_cuda

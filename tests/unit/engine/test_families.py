@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.assembly import assemble
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, cpu_layout
 from engine.cpu.library import Kernels
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
-from engine.loader import DTYPES, LoadedModel
+from engine.loader import DTYPES, LoadedModel, load_model
+from tests.rank_groups import alone, arrivals, assert_same, config, serve
 from tests.texts import Texts, load, packed_for, random_text, reference_logits
 from tests.tiny_families import SHAPES, make_tiny_family
 
@@ -49,7 +51,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(path, values)
         packed = packed_for(loaded, kernels)
-        return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=256, num_threads=2)
+        return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=512, num_threads=2)
 
     layout = cpu_layout(loaded.config, 16, values)
     assert layout is not None, "the kernels serve this family"
@@ -66,7 +68,9 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @WAYS
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(64, marks=pytest.mark.slow), 150]
+)
 def test_chunked_prefill_equals_transformers(
     tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str, chunk: int
 ) -> None:
@@ -75,6 +79,24 @@ def test_chunked_prefill_equals_transformers(
     for begin in range(0, len(text), chunk):
         texts.step({0: min(chunk, len(text) - begin)})
     assert_near(texts.logits_of(0), reference_logits(tiny(shape), text))
+
+
+@pytest.mark.slow
+@WAYS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
+    # Longrope is served up to the trained length.
+    longest = 256 if shape == "phi3-longrope" else 300
+    lengths = sorted({*range(1, longest, 23), *(2**power + more for power in range(1, 9) for more in (-1, 0, 1))})
+    lengths = [length for length in lengths if length < longest] + [longest]
+    for first in range(0, len(lengths), 6):
+        tokens = [random_text(length, seed=length) for length in lengths[first : first + 6]]
+        texts = way(tiny(shape), tokens)
+        # Each prompt whole, as many in a step as the kernels' executor takes tokens.
+        for text, ids in enumerate(tokens):
+            texts.step({text: len(ids)})
+        for text, ids in enumerate(tokens):
+            assert_near(texts.logits_of(text), reference_logits(tiny(shape), ids))
 
 
 @WAYS
@@ -119,6 +141,27 @@ def test_any_batch_and_a_prefix_that_is_there(
     for text, ids in enumerate(tokens):
         assert_near(texts.logits_of(text), reference_logits(tiny(shape), ids))
     assert_near(torch.cat(texts.logits[5]), reference_logits(tiny(shape), hit)[48:])
+
+
+# Of each family new ways to compute: what is served while others run, is preempted, and goes on from cached blocks.
+PREEMPTED = ["gemma2", "gemma3", "gpt2", "opt-post", "bloom", "gpt-neox", "mixtral"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        *((shape, "torch") for shape in PREEMPTED),
+        *(pytest.param(shape, kernels, marks=pytest.mark.slow) for shape in SHAPES for kernels in ("auto", "torch")),
+    ],
+)
+def test_whoever_is_preempted_gets_the_same(tiny: Callable[[str], Path], shape: str, kernels: str) -> None:
+    directory, arriving = tiny(shape), arrivals()
+    expected = alone(config(directory, kernels="torch", num_blocks=200), arriving)
+    core = assemble(config(directory, kernels=kernels, chunk=64), load_model, lambda done, total: None).core
+    answers, requests = serve(core, arriving)
+    assert any(request.num_preemptions for request in requests)
+    assert any(request.num_cached_tokens for request in requests)
+    assert_same(answers, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

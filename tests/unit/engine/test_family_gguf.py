@@ -46,8 +46,8 @@ def write_gguf(
         writer.add_sliding_window(config.window(0) or 0)
     writer.add_rope_freq_base(layers.rope.theta)
     writer.add_layer_norm_rms_eps(layers.norm.eps)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
     for name in checkpoint.tensors:
         values = checkpoint.read(name, torch.float32).numpy()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.api import EngineRequest
-from engine.assembly import assemble
+from engine.assembly import Assembly, assemble
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.loader import load_model
@@ -38,6 +38,21 @@ def core(model: Path, num_blocks: int = 64) -> EngineCore:
         max_prefill_chunk=24,
     )
     return assemble(config, load_model, lambda done, total: None).core
+
+
+def test_kv_in_8_bits_takes_fewer_bytes_and_pairs_with_its_own_kind(tiny_model: Path) -> None:
+    def assembled(kv_cache_dtype: str) -> Assembly:
+        config = EngineConfig(
+            model=str(tiny_model), device="cpu", dtype="float32", kv_cache_dtype=kv_cache_dtype, kv_cache_bytes=1 << 20
+        )
+        return assemble(config, load_model, lambda done, total: None)
+
+    wide, narrow = assembled("auto"), assembled("int8")
+    head_dim = wide.facts.head_dim
+    assert narrow.memory.block_bytes * 4 * head_dim == wide.memory.block_bytes * (head_dim + 4)
+    assert narrow.core.status().num_blocks == (1 << 20) // narrow.memory.block_bytes
+    assert narrow.facts.mismatch(wide.facts).startswith("kv_dtype: int8 here, float32 there")
+    assert not narrow.facts.mismatch(assembled("int8").facts)
 
 
 def request(sampling: SamplingParams, prompt: Sequence[int] = PROMPT, priority: int = 0) -> Request:

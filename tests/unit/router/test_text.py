@@ -148,7 +148,7 @@ def _change(path: Path, **fields: Any) -> None:
     ],
 )
 def test_templates_render_as_they_were_written_for(template: str, expected: str) -> None:
-    assert ChatTemplate(template, {"bos_token": "<s>"}).render([{"role": "user", "content": "a<b"}]) == expected
+    assert ChatTemplate(template, {"bos_token": "<s>"}, "tiny").render([{"role": "user", "content": "a<b"}]) == expected
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_templates_render_as_they_were_written_for(template: str, expected: str)
 )
 def test_templates_refuse_and_reach_nothing_outside(template: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        ChatTemplate(template, {}).render([{"role": "user", "content": "a"}])
+        ChatTemplate(template, {}, "tiny").render([{"role": "user", "content": "a"}])
     assert caught.value.reason == "CHAT_TEMPLATE_REFUSED"
 
 
 def test_a_template_that_is_no_jinja_ends_the_start() -> None:
-    with pytest.raises(ConfigError, match="no valid Jinja"):
-        ChatTemplate("{% if %}", {})
+    with pytest.raises(ConfigError, match=r"^tiny: the chat template is no valid Jinja"):
+        ChatTemplate("{% if %}", {}, "tiny")
 
 
 # GGUF

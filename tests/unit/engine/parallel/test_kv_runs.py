@@ -1,6 +1,7 @@
 """Which bytes of a block a node holds: those that its ranks' caches write, and no other."""
 
 import os
+import struct
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +22,8 @@ from pdmesh.types import BlockRun, MemoryFile
 BLOCK_SIZE = 4
 NUM_BLOCKS = 3
 CPU = torch.device("cpu")
+# Neither as float32 or bfloat16, nor as 127 in 8 bits, nor its scale then.
+NO_ZERO_BYTE = struct.unpack("<f", b"\x01\x02\x03\x3f")[0]
 
 
 @st.composite
@@ -49,14 +52,20 @@ def _splits(config: ModelConfig, tp: int, pp: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), [(PLAIN, torch.float32), (KVLayout(1), torch.float32), (KVLayout(2), torch.bfloat16)]
+    ("layout", "dtype", "kv_dtype"),
+    [
+        (PLAIN, torch.float32, None),
+        (KVLayout(1), torch.float32, None),
+        (KVLayout(2), torch.bfloat16, None),
+        (KVLayout(2), torch.bfloat16, torch.int8),
+    ],
 )
 @given(splits())
 def test_a_node_holds_what_the_caches_of_its_ranks_write(
-    layout: KVLayout, dtype: torch.dtype, split: tuple[ModelConfig, int, int, int]
+    layout: KVLayout, dtype: torch.dtype, kv_dtype: torch.dtype | None, split: tuple[ModelConfig, int, int, int]
 ) -> None:
     config, tp, pp, nnodes = split
-    block_bytes = bytes_per_block(config, BLOCK_SIZE, dtype)
+    block_bytes = bytes_per_block(config, BLOCK_SIZE, kv_dtype or dtype)
     layer_bytes = block_bytes // (config.num_layers * config.num_kv_heads)
     shards = [shard_of(config, tp=tp, pp=pp, rank=rank) for rank in range(tp * pp)]
     held_by_all = bytearray(block_bytes)
@@ -67,21 +76,21 @@ def test_a_node_holds_what_the_caches_of_its_ranks_write(
         try:
             for shard in of_node:
                 cache = KVCache(
-                    config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype, device=CPU, layout=layout,
+                    config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype, device=CPU, kv_dtype=kv_dtype,
+                    layout=layout,
                     kv_heads=shard.kv_heads, layers=shard.layers, memory=file,
                 )  # fmt: skip
-                ones = torch.ones(BLOCK_SIZE, len(shard.kv_heads), config.head_dim, dtype=dtype)
+                values = torch.full((BLOCK_SIZE, len(shard.kv_heads), config.head_dim), NO_ZERO_BYTE, dtype=dtype)
                 slots = torch.arange(BLOCK_SIZE, 2 * BLOCK_SIZE)
                 for layer in range(len(shard.layers)):
-                    cache.write(layer, ones, ones, slots)
-            written = [bytes(cache.view(block_id)) for block_id in range(NUM_BLOCKS)]
+                    cache.write(layer, values, values, slots)
+            written = [bytes(map(bool, cache.view(block_id))) for block_id in range(NUM_BLOCKS)]
         finally:
             os.close(file.descriptor)
         runs = held_runs(of_node, config.num_layers, layer_bytes)
-        one = torch.ones(1, dtype=dtype).view(torch.uint8).numpy().tobytes()
         expected = bytearray(block_bytes)
         for run in runs:
-            expected[run.offset_bytes : run.end_bytes] = one * (run.num_bytes // len(one))
+            expected[run.offset_bytes : run.end_bytes] = b"\1" * run.num_bytes
             held_by_all[run.offset_bytes : run.end_bytes] = b"\1" * run.num_bytes
         assert written == [bytes(block_bytes), bytes(expected), bytes(block_bytes)]
         assert all(run.end_bytes < after.offset_bytes for run, after in pairwise(runs))
