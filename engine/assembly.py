@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout, pack_weights, packs
+from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout, packs, place_model
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.cpu.packed_model import PackedModel
@@ -130,9 +130,9 @@ def load_part(
         device,
         on_progress,
         ALONE if group is None else group.split,
-        lambda model: packs(config, model, kernels),
+        lambda model: config.offloads or packs(config, model, kernels),
     )
-    packed = pack_weights(config, loaded, kernels)
+    packed = place_model(config, loaded, kernels, device)
     share = 1.0 if group is None else group.kv_share(loaded, device)
     stored = kv_dtype(config, DTYPES[config.dtype_name])
     block_bytes = bytes_per_block(loaded.config, config.block_size, stored)

@@ -17,13 +17,16 @@ from engine.cpu.sampling import CpuSampling
 from engine.cuda.support import no_kernels_because
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
+from engine.layers_ahead import fill_waiting
 from engine.loader import DTYPES, LoadedModel
 from engine.model_config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.exchange import Exchange
 from engine.parallel.host_exchange import HostExchange
+from engine.placement import place_weights
 from engine.sampling_ops import SamplingOps
 from engine.torch_sampling import TorchSampling
+from engine.weights.offload_file import FileMemory, OffloadFile
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ def choose_way(
         return Choice(Way.TORCH, _NOT_FOR_CPU_KERNELS) if layout == PLAIN else Choice(Way.CPU_KERNELS)
     if config.compile:
         return Choice(Way.COMPILED)
+    if config.offloads and device.type == "cuda":
+        return Choice(Way.TORCH, "weights may lie elsewhere (--device-map, --max-memory)")
     if config.kernels == "auto" and pp_size == 1 and device.type == "cuda":
         because = _INT8_KV if config.kv_cache_dtype == "int8" else no_kernels_because(model, device)
         return Choice(Way.TORCH, because) if because else Choice(Way.CUDA_KERNELS)
@@ -117,17 +122,31 @@ def packs(config: EngineConfig, model: ModelConfig, kernels: Path | None) -> boo
     return kernels is not None and cpu_layout(model, config.block_size, DTYPES[config.dtype_name]) is not None
 
 
-def pack_weights(config: EngineConfig, loaded: LoadedModel, kernels: Path | None) -> PackedModel | None:
-    """The loaded model's matrices as the CPU kernels read them; None where these do not compute it.
+def place_model(
+    config: EngineConfig, loaded: LoadedModel, kernels: Path | None, device: torch.device
+) -> PackedModel | None:
+    """Reads what is still stored into its place: the model's matrices as the CPU kernels read them, which the model
+    loses, or its parameters where these do not compute it.
 
-    The model loses them, and gets what else is still stored. Raises ConfigError where the checkpoint cannot give it.
+    Raises ConfigError where the checkpoint cannot give them, or they do not fit.
     """
-    if kernels is None or not packs(config, loaded.config, kernels):
+    on_kernels = packs(config, loaded.config, kernels)
+    if not on_kernels and not config.offloads:
         return None
+    placement = place_weights(loaded.model, config, device, loaded.dtype, output_waits=on_kernels)
+    offload_dir = None if config.offload_dir is None else Path(config.offload_dir)
+    if not on_kernels:
+        fill_waiting(loaded, placement, offload_dir, device)
+        return None
+    assert kernels is not None
     assert isinstance(loaded.model, DecoderForCausalLM)
+    waiting = {}
+    if offload_dir is not None and placement.waiting:
+        file = OffloadFile(offload_dir, sum(placement.waiting_bytes.values()))
+        waiting = {name: FileMemory(file) for name in placement.waiting}
     packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads())
-    packed = pack_model(loaded.model, loaded.config, packer)
-    loaded.fill()
+    packed = pack_model(loaded.model, loaded.config, packer, waiting)
+    loaded.fill(device)
     return packed
 
 
@@ -145,7 +164,7 @@ def choose_backend(
     """Makes the executor.
 
     Args:
-        packed: Of `pack_weights`.
+        packed: Of `place_model`.
         kernels: Of `cpu_kernels`.
         exchange: With the other ranks of this one's group.
         max_model_len: Tokens of the longest request.

@@ -1,5 +1,6 @@
 """What an engine is told, and how many KV blocks that comes to."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,18 @@ _DEFAULT_CPU_CACHE_BYTES = 1 << 30
 # Of the memory that is free once the weights are loaded.
 _MAX_CPU_SHARE = 0.5
 _MAX_CUDA_SHARE = 0.85
+
+
+# The place of weights that wait in a file.
+DISK = "disk"
+
+_DEVICE_MAPS = ("auto", "balanced", "sequential")
+_MAX_MEMORY = re.compile(r"(cpu|disk|cuda:\d+)=(\d+(?:\.\d+)?)([KMGT]i?B|B)?")
+_UNIT_BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", 1)
+    for binary in ("", "i")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +72,16 @@ class EngineConfig:
         default="auto",
         choices=("auto", "torch"),
     )
+    device_map: str | None = option(
+        "where weights lie: auto or balanced (what does not fit the device waits elsewhere, spread over the layers), "
+        "sequential (the last layers do), or a .json file of module names and devices",
+        default=None,
+    )
+    max_memory: str | None = option(
+        "most bytes of weights in each place, e.g. cpu=8GiB,cuda:0=20GiB,disk=100GiB; default: most of what is free",
+        default=None,
+    )
+    offload_dir: str | None = option("directory for weights that wait on disk", default=None)
     compile: bool = option(
         "compute with torch, the decoder layers compiled by torch.compile; on a CPU that is in place of our kernels",
         default=False,
@@ -69,6 +92,11 @@ class EngineConfig:
             _check_positive(name, getattr(self, name))
         for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "num_threads"):
             _check_positive(name, getattr(self, name))
+        if self.device_map not in (None, *_DEVICE_MAPS) and not self.device_map.endswith(".json"):
+            raise ConfigError(f"--device-map is {self.device_map}: must be {', '.join(_DEVICE_MAPS)} or a .json file")
+        if self.compile and self.offloads:
+            raise ConfigError("--compile works for weights that stay: leave it out, or --device-map and --max-memory")
+        _ = self.memory_limits
         if self.kv_cache_bytes is not None and self.num_blocks is not None:
             raise ConfigError("kv_cache_bytes and num_blocks are two ways to say one thing: give one of them")
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -87,6 +115,24 @@ class EngineConfig:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights may lie elsewhere than with what computes."""
+        return self.device_map is not None or self.max_memory is not None
+
+    @property
+    def memory_limits(self) -> dict[str, int]:
+        """`max_memory`, in bytes. Raises ConfigError where it is not readable."""
+        limits = {}
+        for item in self.max_memory.split(",") if self.max_memory else ():
+            match = _MAX_MEMORY.fullmatch(item.strip())
+            if match is None:
+                raise ConfigError(
+                    f"--max-memory is {self.max_memory}: must be places and sizes, as cpu=8GiB,cuda:0=20GiB,disk=1TB"
+                )
+            limits[match[1]] = int(float(match[2]) * _UNIT_BYTES[match[3] or ""])
+        return limits
 
     @property
     def dtype_name(self) -> str:

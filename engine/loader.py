@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from engine.config import available_memory_bytes
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
@@ -65,12 +66,16 @@ class LoadedModel:
     def name(self) -> str:
         return self.config.name
 
-    def fill(self) -> None:
-        """Reads what is still stored into the model, on the CPU. Raises ConfigError."""
+    def fill(self, device: torch.device) -> None:
+        """Reads what is still stored into the model. Raises ConfigError."""
         for name, parameter in list(self.model.named_parameters()):
             if matrix := self.stored.pop(parameter, None):
-                _assign(self.model, name, matrix.read())
+                _assign(self.model, name, matrix.read().to(device))
                 matrix.done()
+        # What the model computed for itself.
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device), persistent=False)
 
 
 def fill_all(config: ModelConfig) -> bool:
@@ -114,6 +119,11 @@ def load_model(
     progress = Progress(sum(part_bytes(tensor, part) for tensor, _, part in wanted), on_progress)
     num_bytes = sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
     keeps = keeps_stored(checkpoint.config)
+    if not keeps and num_bytes > (free := available_memory_bytes(device)):
+        raise ConfigError(
+            f"{source}: weights take {num_bytes / 2**30:.2f} GiB in {dtype} and {free / 2**30:.2f} GiB are free: use "
+            "--device-map auto with --offload-dir, a dtype of fewer bytes, or more ranks (--tp, --pp)"
+        )
     stored: dict[torch.Tensor, StoredMatrix] = {}
     for tensor, name, part in wanted:
         parameter = model.get_parameter(name)
@@ -123,10 +133,10 @@ def load_model(
         else:
             _assign(model, name, matrix.read().to(device))
             matrix.done()
+    loaded = LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
     if not keeps:
-        # The parameters are there already: this moves what the model computed for itself.
-        model.to(device)
-    return LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
+        loaded.fill(device)
+    return loaded
 
 
 def _places(checkpoint: Checkpoint) -> TensorPlaces:

@@ -33,7 +33,7 @@ def packed_for(loaded: LoadedModel, kernels: Kernels, num_threads: int = 2) -> P
     """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
     assert isinstance(loaded.model, DecoderForCausalLM)
     packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads))
-    loaded.fill()
+    loaded.fill(CPU)
     return packed
 
 

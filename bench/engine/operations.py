@@ -60,7 +60,7 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
         seconds["layers"].append(passed - began)
         seconds["logits"].append(time.perf_counter() - passed)
         sums: dict[str, float] = defaultdict(float)
-        for operations in _runs(executor._segments[0][0]):
+        for operations in _runs(executor._segments[0].operations):
             began = time.perf_counter()
             executor._run(executor._step(batch), operations, executor._model.num_weights)
             sums[_name(operations[0])] += time.perf_counter() - began

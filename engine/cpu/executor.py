@@ -12,6 +12,7 @@ from engine.cpu.library import Decoder, Finish, Group, Kernels, Kind, Operation,
 from engine.cpu.lowering import PartialRows, lower_decoder
 from engine.cpu.packed_model import PackedModel
 from engine.cpu.packing import PACK, padded
+from engine.cpu.pages_ahead import PagesAhead
 from engine.cpu.program import MAX_EXPERTS, Program, Rows
 from engine.decoder_config import DecoderLayers
 from engine.kv_cache import KVCache, KVLayout
@@ -102,9 +103,11 @@ class CpuExecutor:
             loaded.model.model, layers, packed, shard, angles, self._program, partial_rows, int8_kv=int8_kv
         )
         self._sum_between = sums if callable(sums) else None
-        self._segments: list[tuple[ctypes.Array[Operation], Rows | None]] = (
-            self._program.segments() if self._sum_between else [(self._program.compile(), None)]
-        )
+        self._segments = self._program.segments(sums=self._sum_between is not None, layers=bool(packed.waiting))
+        # Of the layers and the output matrix that wait in a file, which unit each is.
+        self._waiting = {name: unit for unit, name in enumerate(packed.waiting)}
+        self._pages = PagesAhead(list(packed.waiting.values())) if packed.waiting else None
+        self._layers = shard.layers
         # Its memory is used by address.
         self._kv_cache = kv_cache
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
@@ -128,8 +131,11 @@ class CpuExecutor:
         residual = self._model.residual
         if hidden is not None:
             residual.values[:num_tokens, : residual.width] = hidden
-        for operations, partial in self._segments:
-            self._run(step, operations, self._model.num_weights // len(self._segments))
+        for segment in self._segments:
+            if segment.layer is not None:
+                self._enter(f"model.layers.{self._layers[segment.layer]}")
+            self._run(step, segment.operations, self._model.num_weights // len(self._segments))
+            partial = segment.partial
             if partial is not None and (num_rows := num_outputs if partial.outputs_only else num_tokens):
                 assert self._sum_between is not None
                 self._sum_between(partial.values[:num_rows])
@@ -139,6 +145,7 @@ class CpuExecutor:
     def logits(self, hidden: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
         num_rows, lm_head = len(hidden), self._model.lm_head
         assert lm_head is not None
+        self._enter("lm_head")
         # The kernels write whole panels: a place's columns end with one, or what comes after them in a row is free.
         logits = self._logits[:num_rows, : lm_head.n] if place is None else place
         project = Operation(
@@ -165,6 +172,11 @@ class CpuExecutor:
             operations = (Operation * 2)(project, cap)
         self._run(Step(num_tokens=num_rows), operations, lm_head.num_weights)
         return logits
+
+    def _enter(self, module: str) -> None:
+        """Waits until the weights are in memory."""
+        if self._pages is not None and module in self._waiting:
+            self._pages.enter(self._waiting[module])
 
     def _private_rows(self, place: int, width: int) -> Rows:
         return self._program.rows(width, torch.float32)

@@ -91,6 +91,7 @@ def lower_decoder(
         assert isinstance(layer, DecoderLayer)
         turns = positions.table(shard.layers[index]) if isinstance(positions, decoder_config.RotaryPositions) else 0
         is_last = index == len(decoder.layers) - 1
+        program.begin_layer()
         lowering.lower(index, layer, weights, angles[turns], wanted if is_last else None)
     num_weights = sum(weights.num_weights for weights in packed.layers)
     if not shard.last_stage:

@@ -1,6 +1,9 @@
 """A model's matrices in the order in which the kernels read them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from torch import nn
@@ -15,6 +18,9 @@ from engine.models.experts import Mixture
 from engine.models.mlp import MLP
 from engine.models.parallel_layers import VocabParallelEmbedding
 from engine.models.self_attention import SelfAttention
+from engine.weights.offload_file import FileMemory
+
+_NOTHING: Final[Mapping[str, FileMemory]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,7 @@ class PackedModel:
         project_in: From the embedding's size to the hidden size, where they differ, at the first stage.
         project_out: Back, at the last stage.
         lm_head: At the last stage.
+        waiting: In the order of their use, the modules whose matrices lie in a file, and the memory where it is mapped.
     """
 
     embedding: PackedMatrix | None
@@ -100,23 +107,36 @@ class PackedModel:
     layers: tuple[PackedLayer, ...]
     project_out: PackedMatrix | None
     lm_head: PackedMatrix | None
+    waiting: Mapping[str, tuple[memoryview, ...]] = field(default_factory=dict)
 
 
-def pack_model(model: DecoderForCausalLM, config: ModelConfig, packer: Packer) -> PackedModel:
-    """Packs the model's matrices, which it loses. Raises ConfigError where a checkpoint cannot give one of them."""
+def pack_model(
+    model: DecoderForCausalLM, config: ModelConfig, packer: Packer, waiting: Mapping[str, FileMemory] = _NOTHING
+) -> PackedModel:
+    """Packs the model's matrices, which it loses.
+
+    Args:
+        waiting: The modules whose matrices are to lie in a file.
+
+    Raises ConfigError where a checkpoint cannot give one of them.
+    """
     decoder, layers = model.model, DecoderLayers.of(config)
     embedding = _packed_or_none(packer, decoder.embed_tokens)
     packed_layers = []
     for index, layer in decoder.layers.items():
         assert isinstance(layer, DecoderLayer)
-        packed_layers.append(_packed_layer(layer, packer, _rotary_dim(config, int(index)), layers))
+        with packer.into(waiting.get(f"model.layers.{index}")):
+            packed_layers.append(_packed_layer(layer, packer, _rotary_dim(config, int(index)), layers))
+    with packer.into(waiting.get("lm_head")):
+        lm_head = embedding if model.lm_head is None else _packed(packer, model.lm_head)
     # A stage that is not the last has neither of these, and its embedding is none that logits need.
     return PackedModel(
         embedding=embedding,
         project_in=_packed_or_none(packer, decoder.project_in),
         layers=tuple(packed_layers),
         project_out=_packed_or_none(packer, decoder.project_out),
-        lm_head=embedding if model.lm_head is None else _packed(packer, model.lm_head),
+        lm_head=lm_head,
+        waiting={name: memory.pieces for name, memory in waiting.items()},
     )
 
 

@@ -1,13 +1,15 @@
 """Weights in the order in which the kernels read them."""
 
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from engine.cpu.library import Kernels, PackStatus
 from engine.weights.checkpoint import FileRows
+from engine.weights.offload_file import FileMemory
 from engine.weights.stored import StoredMatrix
 from pdmesh.kv_memory import private_memory
 
@@ -56,7 +58,20 @@ class Packer:
         self._kernels = kernels
         self._stored = stored
         self._num_threads = num_threads
-        self._memory = _LargePages()
+        self._memory: _LargePages | FileMemory = _LargePages()
+
+    @contextmanager
+    def into(self, memory: FileMemory | None) -> Iterator[None]:
+        """What is packed within waits in a file then, if one is given."""
+        if memory is None:
+            yield
+            return
+        large_pages, self._memory = self._memory, memory
+        try:
+            yield
+            memory.store()
+        finally:
+            self._memory = large_pages
 
     def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""

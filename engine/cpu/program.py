@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -72,6 +73,20 @@ class RowNorm:
     centred: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Operations that run in one call.
+
+    Attributes:
+        layer: Whose weights they read; None before the first, and where the program is not cut so.
+        partial: The partial results that are to be summed over the ranks then.
+    """
+
+    operations: "ctypes.Array[Operation]"
+    layer: int | None
+    partial: Rows | None
+
+
 class Program:
     """Built once, run each step.
 
@@ -87,6 +102,8 @@ class Program:
         self.dtype = dtype
         self._operations: list[Operation] = []
         self._kept: list[torch.Tensor | Angles] = []
+        # Of each layer, its first operation.
+        self._layer_starts: list[int] = []
         # Of each sum.
         self._partials: list[Rows] = []
         # What operations write, by itself.
@@ -226,20 +243,32 @@ class Program:
         operation.input = partial.first_rank_address
         self._partials.append(partial)
 
+    def begin_layer(self) -> None:
+        """Says that what is added from now on reads the next layer's weights."""
+        self._layer_starts.append(len(self._operations))
+
     def compile(self) -> "ctypes.Array[Operation]":
         """What `Kernels.run` takes. Valid while this program lives."""
         return (Operation * len(self._operations))(*self._operations)
 
-    def segments(self) -> "list[tuple[ctypes.Array[Operation], Rows | None]]":
-        """As `compile`, cut before each sum: what to run, and the partial results that are whole then.
+    def segments(self, *, sums: bool, layers: bool) -> "list[Segment]":
+        """As `compile`, cut before each sum, or before each layer, or both.
 
         A sum that finds no group takes this rank's own rows, into which others' were added meanwhile.
         """
-        cuts = [index for index, operation in enumerate(self._operations) if operation.kind == Kind.REDUCE]
-        segments: list[tuple[ctypes.Array[Operation], Rows | None]] = []
-        for begin, end, partial in zip([0, *cuts], [*cuts, None], [*self._partials, None], strict=True):
-            operations = self._operations[begin:end]
-            segments.append(((Operation * len(operations))(*operations), partial))
+        partials = [index for index, operation in enumerate(self._operations) if operation.kind == Kind.REDUCE]
+        ends = dict(zip(partials, self._partials, strict=True)) if sums else {}
+        starts = {index: layer for layer, index in enumerate(self._layer_starts)} if layers else {}
+        segments, layer = [], None
+        cuts = sorted({0, *ends, *starts, len(self._operations)})
+        for begin, end in pairwise(cuts):
+            layer = starts.get(begin, layer)
+            operations = (Operation * (end - begin))(*self._operations[begin:end])
+            for operation in operations:
+                # Each run of the kernels counts its own sums.
+                if operation.kind == Kind.REDUCE:
+                    operation.first -= sum(index < begin for index in partials)
+            segments.append(Segment(operations, layer, ends.get(end)))
         return segments
 
     def _project(self, operation: Operation, source: Rows, matrix: PackedMatrix, output: Rows) -> None:

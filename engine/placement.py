@@ -1,0 +1,167 @@
+"""Where the weights of a model lie: with what computes, or elsewhere, from where they come in ahead of need.
+
+Layers wait whole, and so does the output matrix; all else is small, or is looked up at random, and stays.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.config import DISK, EngineConfig, available_memory_bytes
+from engine.models.decoder_layer import DecoderLayer
+from pdmesh.errors import ConfigError
+from pdmesh.host_memory import available_host_bytes
+
+# Layers that are in memory at once where some wait elsewhere: the one that computes, and those that come next.
+AHEAD = 2
+# Of the memory that is free, what weights may take where nobody says so: the KV cache wants some, too.
+_FREE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Of a model on a device.
+
+    Attributes:
+        waiting: The modules whose weights lie elsewhere, and where: "cpu", "disk" or another GPU.
+        waiting_bytes: How many of them lie in each place.
+    """
+
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    waiting_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+def place_weights(
+    model: nn.Module, config: EngineConfig, device: torch.device, dtype: torch.dtype, *, output_waits: bool
+) -> Placement:
+    """Decides where the weights of a model without memory will lie, by `--device-map` and `--max-memory`.
+
+    Args:
+        output_waits: The output matrix may wait as layers do.
+
+    Raises ConfigError where they do not fit, with what would.
+    """
+    sizes = {name: _num_bytes(module, dtype) for name, module in model.named_modules()}
+    movable = {name: sizes[name] for name, module in model.named_modules() if isinstance(module, DecoderLayer)}
+    if output_waits and "lm_head" in sizes:
+        movable["lm_head"] = sizes["lm_head"]
+    limits = _limits(config, device)
+    own = device.type if device.type == "cpu" else str(torch.device(device.type, device.index or 0))
+    if config.device_map is not None and config.device_map.endswith(".json"):
+        waiting = _read_map(Path(config.device_map), model, movable, own)
+    elif sizes[""] <= limits[own]:
+        waiting = {}
+    else:
+        waiting = _inferred(model, config, dtype, movable, limits, own)
+    bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
+    staged = (AHEAD + 1) * max((movable[name] for name in waiting), default=0)
+    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + min(staged, sum(movable.values()))
+    for place, num_bytes in bytes_in.items():
+        if num_bytes > limits[place]:
+            raise ConfigError(
+                f"weights would take {_gib(num_bytes)} on {place} and may take {_gib(limits[place])} there: raise "
+                f"--max-memory, or have more of them wait elsewhere (--device-map); in all they are {_gib(sizes[''])}, "
+                f"and of layers that come in, {AHEAD + 1} are there at once"
+            )
+    if bytes_in.get(DISK) and config.offload_dir is None:
+        raise ConfigError(
+            f"weights of {_gib(bytes_in[DISK])} are to wait on disk: name a directory with --offload-dir, or raise "
+            "--max-memory"
+        )
+    return Placement(waiting, {place: bytes_in[place] for place in limits if place != own and bytes_in[place]})
+
+
+def _num_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+
+
+def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:
+    """Bytes of weights that each place may hold, the device's first."""
+    free = {"cpu": int(available_host_bytes() * _FREE_SHARE), DISK: 1 << 62}
+    if device.type == "cuda":
+        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        gpus.sort(key=lambda gpu: gpu.index != (device.index or 0))
+        free = {str(gpu): int(available_memory_bytes(gpu) * _FREE_SHARE) for gpu in gpus} | free
+    unknown = config.memory_limits.keys() - free.keys()
+    if unknown:
+        raise ConfigError(f"--max-memory names {min(unknown)}: here are {', '.join(free)}")
+    return free | config.memory_limits
+
+
+def _read_map(path: Path, model: nn.Module, movable: Mapping[str, int], own: str) -> dict[str, str]:
+    """As a file says: module names, each with all that is under it ("" is everything), and a device."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}): name modules and devices in it") from error
+    modules = {name for name, _ in model.named_modules()}
+    if not isinstance(content, dict) or not all(isinstance(place, str) for place in content.values()):
+        raise ConfigError(f'{path}: must map module names to devices, such as {{"model.layers.0": "disk"}}')
+    for name, place in content.items():
+        if name not in modules:
+            raise ConfigError(f"{path}: {name!r} is no module: they are named as {', '.join(list(movable)[:2])}")
+        if place not in (own, "cpu", DISK) and not place.startswith("cuda:"):
+            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: must be {own}, cpu, disk or a GPU as cuda:1")
+        if place != own and not any(unit == name or unit.startswith(f"{name}." if name else "") for unit in movable):
+            raise ConfigError(
+                f"{path}: {name!r} cannot wait on {place}: whole layers can, and lm_head; leave it on {own}"
+            )
+    waiting = {}
+    for unit in movable:
+        covering = [name for name in content if not name or unit == name or unit.startswith(f"{name}.")]
+        place = content[max(covering, key=len)] if covering else own
+        if place != own:
+            waiting[unit] = place
+    return waiting
+
+
+def _inferred(
+    model: nn.Module,
+    config: EngineConfig,
+    dtype: torch.dtype,
+    movable: Mapping[str, int],
+    limits: Mapping[str, int],
+    own: str,
+) -> dict[str, str]:
+    """As Accelerate fills the places; `auto` and `balanced` then spread what waits evenly among the layers, so that it
+    comes in while others compute."""
+    # Takes a second, and brings much along.
+    from accelerate.utils import get_balanced_memory, infer_auto_device_map
+
+    kinds = ["DecoderLayer"]
+    # Accelerate leaves room for one layer that comes in.
+    of_device = max(limits[own] - AHEAD * max(movable.values()), 1)
+    most = {_accelerate_name(place): limits[place] for place in limits} | {_accelerate_name(own): of_device}
+    balanced = config.device_map != "sequential"
+    if balanced and len(limits) > 3:
+        most = get_balanced_memory(model, max_memory=most, no_split_module_classes=kinds, dtype=dtype)
+    inferred = infer_auto_device_map(model, max_memory=most, no_split_module_classes=kinds, dtype=dtype)
+    waiting = {}
+    for unit in movable:
+        (place,) = {place for name, place in inferred.items() if not name or f"{unit}.".startswith(f"{name}.")} or {own}
+        if _our_name(place) != own:
+            waiting[unit] = _our_name(place)
+    return _spread(waiting, [unit for unit in movable if unit != "lm_head"]) if balanced else waiting
+
+
+def _spread(waiting: Mapping[str, str], layers: list[str]) -> dict[str, str]:
+    """The same places for as many layers, as far from each other as can be."""
+    places = [waiting[layer] for layer in layers if layer in waiting]
+    spread = {layers[len(layers) * (2 * index + 1) // (2 * len(places))]: place for index, place in enumerate(places)}
+    return spread | {unit: place for unit, place in waiting.items() if unit not in layers}
+
+
+def _accelerate_name(place: str) -> int | str:
+    return int(place.removeprefix("cuda:")) if place.startswith("cuda:") else place
+
+
+def _our_name(place: int | str) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else place
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
