@@ -42,7 +42,7 @@ def compile_layers(model: CausalLM, kv_cache: KVCache) -> float:
         if isinstance(module, Mixture):
             # Which experts there is work for is known when they are chosen. Said here and not of the class: to say it,
             # torch imports its compiler, which takes seconds, and 70 MB in every process.
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
     run = torch.compile(_run, dynamic=True)
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleDict)]:
         for name, block in blocks.items():

@@ -76,7 +76,7 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
     executor.forward(batch)
     passed = time.thread_time()
     attention = 0.0
-    for operation in executor._segments[0][0]:
+    for operation in executor._segments[0].operations:
         if operation.kind == Kind.ATTEND:
             start = time.thread_time()
             executor._run(executor._step(batch), (Operation * 1)(operation), executor._model.num_weights)
