@@ -108,6 +108,17 @@ def test_every_processor_computes_the_same_model(
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_plain_torch_computes_in_float16_too(tiny_llama: Callable[[str], Path], name: str) -> None:
+    directory, text, counts = tiny_llama("gqa"), random_text(39), (13, 25, 1)
+    exact = step_all(Texts(dequantized(directory, "float32", name), [text]), counts)
+    actual = step_all(Texts(quantized(directory, "float16", name), [text]), counts)
+    # Three bits more than bfloat16 has.
+    assert _error(actual, exact) < _error(
+        step_all(Texts(quantized(directory, "bfloat16", name), [text]), counts), exact
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", PACK)
 def test_a_row_has_the_same_bits_in_any_company(tiny_llama: Callable[[str], Path], dtype: str, name: str) -> None:
     directory = tiny_llama("gqa")
