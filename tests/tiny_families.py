@@ -68,7 +68,7 @@ SHAPES = {
         "Phi3",
         {
             "hidden_size": 256,
-            "initializer_range": 0.15,
+            "initializer_range": 0.1,
             "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
         },
     ),
@@ -116,7 +116,7 @@ SHAPES = {
         embedding_scale=0.1,
     ),
     "gpt2": Shape("GPT2", {"n_inner": 96}, model="GPT2LMHeadModel", seed=7),
-    "gpt2-unscaled": Shape("GPT2", {"scale_attn_weights": False}, model="GPT2LMHeadModel"),
+    "gpt2-unscaled": Shape("GPT2", {"scale_attn_weights": False, "initializer_range": 0.2}, model="GPT2LMHeadModel"),
     "opt": Shape("OPT", {"init_std": 0.3, "ffn_dim": 96}, seed=2),
     "opt-post": Shape(
         "OPT",
@@ -141,6 +141,7 @@ SHAPES = {
             "hidden_size": 96,
             "num_attention_heads": 2,
             "hidden_act": "gelu_fast",
+            "initializer_range": 0.2,
             "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
         },
     ),
