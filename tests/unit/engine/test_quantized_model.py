@@ -16,6 +16,7 @@ from engine.loader import LoadedModel
 from engine.models.parallel_layers import Linear, VocabParallelEmbedding
 from engine.weights.quantized import FORMATS, Quantization
 from tests.texts import Texts, assert_same_logits, load, packed_for, random_text
+from tests.tiny_families import make_tiny_family
 
 try:
     TARGETS = X86_TARGETS[X86_TARGETS.index(this_target()) :]
@@ -79,6 +80,14 @@ def test_kernels_multiply_by_the_dequantised_weights(tiny_llama: Callable[[str],
     expected = step_all(Texts(dequantized(directory, "float32", name), [text]), counts)
     assert_same_logits(step_all(on_kernels(directory, [text], "float32", name), counts), expected)
     assert torch.equal(step_all(Texts(quantized(directory, "float32", name), [text]), counts), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", ["mixtral", "gpt2", "bloom"])
+def test_experts_and_matrices_that_are_stored_otherwise(tmp_path: Path, shape: str, name: str) -> None:
+    directory, text, counts = make_tiny_family(tmp_path, shape), random_text(60), (13, 46, 1)
+    expected = step_all(Texts(dequantized(directory, "float32", name), [text]), counts)
+    assert_same_logits(step_all(on_kernels(directory, [text], "float32", name), counts), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
