@@ -20,6 +20,7 @@ from engine.attention import Attention, Scores
 from engine.batch import Batch
 from engine.kv_cache import KVCache
 from engine.models.causal_lm import CausalLM
+from engine.models.experts import Mixture
 from engine.models.positions import Rotation
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ def compile_layers(model: CausalLM, kv_cache: KVCache) -> float:
     On CPUs this needs a C++ compiler, on CUDA devices Triton.
     """
     began = time.monotonic()
+    for module in model.modules():
+        if isinstance(module, Mixture):
+            # Which experts there is work for is known when they are chosen. Said here and not of the class: to say it,
+            # torch imports its compiler, which takes seconds, and 70 MB in every process.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
     run = torch.compile(_run, dynamic=True)
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleDict)]:
         for name, block in blocks.items():

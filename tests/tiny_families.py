@@ -115,9 +115,9 @@ SHAPES = {
         model="Gemma3ForCausalLM",
         embedding_scale=0.1,
     ),
-    "gpt2": Shape("GPT2", {"n_inner": 96}, model="GPT2LMHeadModel"),
+    "gpt2": Shape("GPT2", {"n_inner": 96}, model="GPT2LMHeadModel", seed=7),
     "gpt2-unscaled": Shape("GPT2", {"scale_attn_weights": False}, model="GPT2LMHeadModel"),
-    "opt": Shape("OPT", {"init_std": 0.3, "ffn_dim": 96}),
+    "opt": Shape("OPT", {"init_std": 0.3, "ffn_dim": 96}, seed=2),
     "opt-post": Shape(
         "OPT",
         {

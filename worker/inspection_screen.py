@@ -88,8 +88,9 @@ def _kv(report: ModelReport) -> RenderableType:
     serving, verdict = report.serving, report.verdict
     lines = [
         Text(
-            f"{serving.token_bytes:,} bytes a token in {serving.kv_dtype}, {size(serving.block_bytes)} a block of {serving.block_size} "
-            f"tokens; {size(verdict.full_context_kv_bytes)} for one request of {report.model.max_position:,} tokens"
+            f"{serving.token_bytes:,} bytes a token in {serving.kv_dtype}, {size(serving.block_bytes)} a block of "
+            f"{serving.block_size} tokens; {size(verdict.full_context_kv_bytes)} for one request of "
+            f"{report.model.max_position:,} tokens"
         )
     ]
     if not verdict.fits:

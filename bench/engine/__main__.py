@@ -5,6 +5,7 @@ Parts, each selectable with --only:
     mixed      requests that decode while long prompts arrive
     overhead   what of a decode step is not the model's work, and waiting for the interpreter
     operations where a step's time goes, by operation of the CPU kernels
+    kv         attention and steps at long contexts, with K and V in the model's type and in 8 bits
     start      from the start of a process to the first token
 On a GPU (--device cuda): peers and mixed, with a random Llama of 8 billion parameters unless a model is named.
 """
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.engine import gil, installed, mixed, operations, overhead, start, throughput
+from bench.engine import gil, installed, kv_types, mixed, operations, overhead, start, throughput
 from bench.engine.checkpoints import prepare
 from bench.engine.limits import LimitProbe
 from bench.engine.points import parse_point
 from bench.engine.random_llama import LLAMA_8B, TINY, write_random_llama
-from bench.engine.tables import figures_table, operations_table, throughput_table
+from bench.engine.tables import columns_table, figures_table, operations_table, throughput_table
 from bench.machine import machine
 from engine.config import EngineConfig
 from engine.loader import DTYPES
@@ -38,8 +39,9 @@ _POINTS = {
     "cpu": ("prefill_128", "prefill_512", "prefill_1024", "decode_b1", "decode_b8", "decode_b32"),
     "cuda": ("prefill_2048", "decode_b1", "decode_b32"),
 }
-_PARTS = {"cpu": ("peers", "mixed", "overhead", "operations", "start"), "cuda": ("peers", "mixed")}
+_PARTS = {"cpu": ("peers", "mixed", "overhead", "operations", "kv", "start"), "cuda": ("peers", "mixed")}
 _PEERS = {"cpu": installed.PEERS, "cuda": ("transformers",)}
+_KV_POINTS = tuple(kv_types.Point(count, context) for context in (2000, 8000) for count in (1, 8))
 _PROFILED_PROMPTS, _PROFILED_DECODES = (128, 512, 1024), (1, 8, 32)
 # Where files are memory: 16 GB need not be written to a disk.
 _TMPFS = Path("/dev/shm")
@@ -98,6 +100,8 @@ class _Bench:
             report["overhead"] = self._overhead()
         if "operations" in self._parts:
             report["operations"] = self._operations()
+        if "kv" in self._parts:
+            report["kv"] = self._kv()
         if "start" in self._parts:
             report["start"] = self._start()
         return report
@@ -169,6 +173,12 @@ class _Bench:
             config = replace(self._config(self._model), max_num_batched_tokens=max(_PROFILED_PROMPTS))
             report = operations.measure(config, prompts=_PROFILED_PROMPTS, decodes=_PROFILED_DECODES)
         self._console.print(operations_table(report))
+        return report
+
+    def _kv(self) -> dict[str, dict[str, float]]:
+        with self._console.status("attending to long contexts"):
+            report = kv_types.measure(self._config(self._model), _KV_POINTS, self._options.rounds)
+        self._console.print(columns_table("K and V in the model's type and in 8 bits; ms of one thread", report))
         return report
 
     def _start(self) -> dict[str, float]:

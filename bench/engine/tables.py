@@ -42,6 +42,17 @@ def figures_table(title: str, figures: Mapping[str, float]) -> Table:
     return table
 
 
+def columns_table(title: str, report: Mapping[str, Mapping[str, float]]) -> Table:
+    """A column for each of what was measured alike."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in report:
+        table.add_column(name, justify="right")
+    for figure in next(iter(report.values())):
+        table.add_row(figure, *(f"{figures[figure]:,.2f}" for figures in report.values()))
+    return table
+
+
 def operations_table(report: Mapping[str, Mapping[str, float]]) -> Table:
     """Of what `operations.measure` returns: a column for each step, milliseconds."""
     table = Table(title="milliseconds of a step, by operation", title_justify="left")

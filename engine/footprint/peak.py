@@ -22,6 +22,8 @@ from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import Shard
 
 _META = torch.device("meta")
+# What oneDNN, which multiplies in half precision on a CPU, keeps of the kernels that it made for the shapes it met.
+_ONEDNN_BYTES = 72_000_000
 
 
 def peak_step_bytes(
@@ -46,7 +48,8 @@ def peak_step_bytes(
         _batch([chunk], [max_model_len], config.block_size),
         _batch([1] * len(decodes), decodes, config.block_size),
     ]
-    return max(_peak(executor, batch, _hidden(batch, model_config, shard, dtype)) for batch in steps)
+    peak = max(_peak(executor, batch, _hidden(batch, model_config, shard, dtype)) for batch in steps)
+    return peak + (_ONEDNN_BYTES if config.torch_device.type == "cpu" and dtype != torch.float32 else 0)
 
 
 def _peak(executor: TorchExecutor, batch: Batch, hidden: torch.Tensor | None) -> int:

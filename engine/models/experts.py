@@ -34,8 +34,6 @@ class Mixture(nn.Module):
         self.gate = Router(config, hidden_size)
         self.experts = nn.ModuleList(MLP(mlp, hidden_size, columns, tp_rank) for _ in range(config.num_experts))
 
-    # Which experts there is work for is known when they are chosen.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weights, chosen = self.gate(hidden)
         output = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)

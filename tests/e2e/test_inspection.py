@@ -42,6 +42,7 @@ _GPT2: dict[str, Any] = {**_COMMON, "n_embd": 768, "n_layer": 8, "n_head": 12, "
 _MIXTRAL: dict[str, Any] = {
     **_LLAMA,
     "hidden_size": 512,
+    "num_attention_heads": 8,
     "intermediate_size": 512,
     "num_local_experts": 8,
     "num_experts_per_tok": 2,

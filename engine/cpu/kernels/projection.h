@@ -92,7 +92,7 @@ struct Projection {
     const f32x16 cosine = load<f32x16>(rotation.cosines + position * rotation.stride + first);
     const f32x16 sine = load<f32x16>(rotation.sines + position * rotation.stride + first);
     const f32x16 turned_left = left * cosine - right * sine, turned_right = right * cosine + left * sine;
-    auto put = [&](int64_t dim, f32x16 values, int64_t begin, int64_t end) {
+    auto put = [&](int64_t dim, f32x16 values, int64_t begin, int64_t end) __attribute__((always_inline)) {
       if (head < num_heads)
         store_query(queries + head * head_dim + dim, values, begin, end);
       else
@@ -101,6 +101,12 @@ struct Projection {
     // Lanes of pairs that turn, and behind them lanes of pairs that do not; few panels hold both.
     const int64_t count = std::min<int64_t>(16, half - first);
     const int64_t num_turned = std::clamp<int64_t>(rotation.num_turned - first, 0, count);
+    if (num_turned == 16) {
+      // Most panels, and a whole vector's stores are short.
+      put(first, turned_left, 0, 16);
+      put(rotation.num_turned + first, turned_right, 0, 16);
+      return;
+    }
     if (num_turned > 0) {
       put(first, turned_left, 0, num_turned);
       put(rotation.num_turned + first, turned_right, 0, num_turned);
