@@ -63,7 +63,7 @@ def measure(model: Path, offload_dir: Path, turns: int, threads: int) -> dict[st
     weight_bytes = sum(parameter.numel() for parameter in without_values.parameters()) * torch.bfloat16.itemsize
     max_memory = f"cpu={weight_bytes // 2}"
     config = EngineConfig(model=str(model), device="cpu", max_memory=max_memory, offload_dir=str(offload_dir))
-    placement = place_weights(without_values, config, _CPU, torch.bfloat16, output_waits=True)
+    placement = place_weights(without_values, config, _CPU, torch.bfloat16, None, output_waits=True)
     runs: dict[str, list[Any]] = {"ours": [], "transformers": [], "offloaded": []}
     for _ in range(turns + 1):
         runs["ours"].append(_run("ours", model, threads))
