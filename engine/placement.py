@@ -61,7 +61,7 @@ def place_weights(
     limits = _limits(config, device)
     own = device.type if device.type == "cpu" else str(torch.device(device.type, device.index or 0))
     if config.device_map is not None and config.device_map.endswith(".json"):
-        waiting = _read_map(Path(config.device_map), model, movable, own)
+        waiting = _read_map(Path(config.device_map), model, movable, limits, own)
     elif sizes[""] <= limits[own]:
         waiting = {}
     else:
@@ -106,7 +106,9 @@ def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:
     return free | config.memory_limits
 
 
-def _read_map(path: Path, model: nn.Module, movable: Mapping[str, int], own: str) -> dict[str, str]:
+def _read_map(
+    path: Path, model: nn.Module, movable: Mapping[str, int], limits: Mapping[str, int], own: str
+) -> dict[str, str]:
     """As a file says: module names, each with all that is under it ("" is everything), and a device."""
     try:
         content = json.loads(path.read_text())
@@ -118,8 +120,8 @@ def _read_map(path: Path, model: nn.Module, movable: Mapping[str, int], own: str
     for name, place in content.items():
         if name not in modules:
             raise ConfigError(f"{path}: {name!r} is no module: they are named as {', '.join(list(movable)[:2])}")
-        if place not in (own, "cpu", DISK) and not place.startswith("cuda:"):
-            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: must be {own}, cpu, disk or a GPU as cuda:1")
+        if place not in limits:
+            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: here are {', '.join(limits)}")
         if place != own and not any(unit == name or unit.startswith(f"{name}." if name else "") for unit in movable):
             raise ConfigError(
                 f"{path}: {name!r} cannot wait on {place}: whole layers can, and lm_head; leave it on {own}"
