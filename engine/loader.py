@@ -18,7 +18,6 @@ from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.places import TensorPlaces
-from engine.weights.room import check_room
 from engine.weights.source import open_checkpoint
 from engine.weights.stored import Progress, StoredMatrix
 from pdmesh.errors import ConfigError
@@ -109,8 +108,6 @@ def load_model(
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
     places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
-    num_values = sum(parameter.numel() for parameter in model.parameters())
-    check_room(source, num_values * DTYPES[dtype].itemsize, dtype, device)
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [

@@ -77,11 +77,16 @@ def _memory(serving: Serving) -> RenderableType:
     for room in serving.rooms:
         there = [rank for rank in serving.ranks if rank.room == room.name]
         rooms.add_row(
-            room.name, _or_none(room.processes), size(sum(rank.weights.total for rank in there)),
+            room.name, _or_none(room.processes), size(sum(rank.resident_weights for rank in there)),
             size(sum(rank.buffers for rank in there)), _or_none(sum(rank.kv_cache for rank in there)),
             size(room.needed), size(room.free),
         )  # fmt: skip
-    return Group(head, ranks, Text(), rooms)
+    waiting = [
+        Text(f"rank {rank.rank}: weights of {size(num_bytes)} wait on {place}, and come in ahead of need")
+        for rank in serving.ranks
+        for place, num_bytes in rank.waiting.items()
+    ]
+    return Group(head, ranks, *waiting, Text(), rooms)
 
 
 def _kv(report: ModelReport) -> RenderableType:
