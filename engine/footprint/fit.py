@@ -15,6 +15,7 @@ from engine.model_config import ModelConfig
 from engine.parallel.group import kv_share
 from engine.parallel.shard import Shard, possible_tp, shard_of
 from engine.placement import Placement
+from engine.weights.quantized import FORMATS
 from pdmesh.errors import ConfigError
 from pdmesh.ranks.config import GroupConfig
 
@@ -192,6 +193,9 @@ def _other_configs(fit: Fit, model: ModelConfig) -> Iterator[tuple[EngineConfig,
         yield replace(config, max_model_len=None), "leave --max-model-len out"
     if config.kv_cache_dtype != "int8":
         yield replace(config, kv_cache_dtype="int8"), "--kv-cache-dtype int8"
+    if config.quantization == "none":
+        for quantization in FORMATS:
+            yield replace(config, quantization=quantization), f"--quantization {quantization}"
     for dtype, torch_dtype in DTYPES.items():
         if torch_dtype.itemsize < DTYPES[config.dtype_name].itemsize:
             yield replace(config, dtype=dtype), f"--dtype {dtype}"

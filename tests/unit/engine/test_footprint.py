@@ -94,7 +94,7 @@ def _write_holes(path: Path) -> None:
 
 
 def test_weights_that_wait_on_disk_take_no_memory(tmp_path: Path) -> None:
-    fields = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    fields = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=12, **fields)).save_pretrained(tmp_path / "model")
     whole = EngineConfig(model=str(tmp_path / "model"), device="cpu", num_blocks=100)
     (rank,) = inspect_model(whole, GroupConfig(), process_bytes=1).serving.ranks

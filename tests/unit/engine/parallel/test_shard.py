@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.engine.random_llama import LLAMA_8B, TINY
+from engine.decoder_config import DecoderLayers, ExpertsConfig
 from engine.model_config import ModelConfig
 from engine.parallel.shard import Shard, shard_of
 from pdmesh.errors import ConfigError
@@ -114,6 +115,21 @@ def test_a_refusal_names_every_degree_that_works(config: ModelConfig, tp: int) -
 )
 def test_the_degrees_of_known_models(config: ModelConfig, degrees: list[int]) -> None:
     assert possible(config) == degrees
+
+
+def test_every_kind_of_mlp_is_shared_fairly() -> None:
+    layers = DecoderLayers.of(TINY)
+    experts = ExpertsConfig(8, 2, True, 96, layers=(True, False, True, True))
+    some = replace(TINY, layers=replace(layers, experts=experts))
+    assert [shard.expert_intermediate for shard in shards(some, tp=2, pp=1)] == [range(48), range(48, 96)]
+    assert [shard.intermediate for shard in shards(some, tp=2, pp=1)] == [range(512), range(512, 1024)]
+    # Three columns of each expert: two ranks of four would have none.
+    narrow = replace(TINY, layers=replace(layers, experts=replace(experts, intermediate_size=3)))
+    assert possible(TINY) == [1, 2, 4]
+    assert 4 not in possible(narrow)
+    # Where every layer has experts, the width of an MLP that no layer has does not count.
+    unused = replace(TINY, intermediate_size=1, layers=replace(layers, experts=replace(experts, layers=())))
+    assert possible(unused) == [1, 2, 4]
 
 
 def test_uneven_heads() -> None:
