@@ -62,7 +62,8 @@ def _files(source: Source) -> RenderableType:
 
 def _memory(serving: Serving) -> RenderableType:
     slower = f"; not by our kernels: {serving.not_faster_because}" if serving.not_faster_because else ""
-    head = Text(f"on {serving.device} in {serving.dtype}, by {serving.computed_by}{slower}")
+    bits = f", weights in {serving.quantization}" if serving.quantization != "none" else ""
+    head = Text(f"on {serving.device} in {serving.dtype}{bits}, by {serving.computed_by}{slower}")
     ranks = plain_table(
         "rank", "in", "layers", "heads", "KV heads", "embedding", "layers", "output", "buffers", "KV cache"
     )

@@ -136,6 +136,7 @@ class Serving:
 
     device: str
     dtype: str
+    quantization: str
     computed_by: str
     not_faster_because: str
     kv_dtype: str
@@ -253,6 +254,7 @@ def _serving(fit: Fit, process_bytes: int) -> Serving:
     return Serving(
         device=config.torch_device.type,
         dtype=config.dtype_name,
+        quantization=config.quantization,
         computed_by=fit.choice.way.value,
         not_faster_because=fit.choice.because,
         kv_dtype=config.kv_dtype_name,
