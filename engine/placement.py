@@ -31,10 +31,12 @@ class Placement:
     Attributes:
         waiting: The modules whose weights lie elsewhere, and where: "cpu", "disk" or another GPU.
         waiting_bytes: How many of them lie in each place.
+        staged_bytes: Of those that have come in, on the device, at once.
     """
 
     waiting: Mapping[str, str] = field(default_factory=dict)
     waiting_bytes: Mapping[str, int] = field(default_factory=dict)
+    staged_bytes: int = 0
 
 
 def place_weights(
@@ -72,8 +74,8 @@ def place_weights(
             "there and raise --max-memory, or use --quantization none"
         )
     bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
-    staged = (AHEAD + 1) * max((movable[name] for name in waiting), default=0)
-    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + min(staged, sum(movable.values()))
+    staged = min((AHEAD + 1) * max((movable[name] for name in waiting), default=0), sum(movable.values()))
+    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + staged
     for place, num_bytes in bytes_in.items():
         if num_bytes > limits[place]:
             raise ConfigError(
@@ -86,7 +88,8 @@ def place_weights(
             f"weights of {_gib(bytes_in[DISK])} are to wait on disk: name a directory with --offload-dir, or raise "
             "--max-memory"
         )
-    return Placement(waiting, {place: bytes_in[place] for place in limits if place != own and bytes_in[place]})
+    elsewhere = {place: bytes_in[place] for place in limits if place != own and bytes_in[place]}
+    return Placement(waiting, elsewhere, staged)
 
 
 def _num_bytes(module: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
