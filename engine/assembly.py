@@ -12,7 +12,16 @@ from typing import Protocol
 import torch
 
 from engine.api import BlockMemory, RankInfo
-from engine.backend import Backend, choose_backend, cpu_kernels, kv_dtype, kv_layout, packs, place_model
+from engine.backend import (
+    Backend,
+    choose_backend,
+    cpu_kernels,
+    kv_dtype,
+    kv_layout,
+    packs,
+    place_model,
+    weight_quantization,
+)
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.core import EngineCore
 from engine.cpu.packed_model import PackedModel
@@ -29,6 +38,7 @@ from engine.parallel.staging import StagedMemory
 from engine.parallel.wire import Begin, Loaded, Serve, Serving
 from engine.runner import PROMPT_LOGITS_ROWS, ModelRunner
 from engine.scheduler import Scheduler, SchedulerConfig
+from engine.weights.quantized import UNQUANTIZED, Quantization
 from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import seal
 from pdmesh.types import BlockRun, KVNode, ModelInfo, PairingFacts
@@ -45,6 +55,7 @@ class ModelLoader(Protocol):
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel: ...
 
 
@@ -123,7 +134,7 @@ def load_part(
         device = group.device(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    kernels = cpu_kernels(config, device)
+    kernels, quantization = cpu_kernels(config, device), weight_quantization(config)
     loaded = load(
         config.model,
         config.dtype_name,
@@ -131,8 +142,9 @@ def load_part(
         on_progress,
         ALONE if group is None else group.split,
         lambda model: config.offloads or packs(config, model, kernels),
+        quantization,
     )
-    packed = place_model(config, loaded, kernels, device)
+    packed = place_model(config, loaded, kernels, device, quantization)
     share = 1.0 if group is None else group.kv_share(loaded, device)
     stored = kv_dtype(config, DTYPES[config.dtype_name])
     block_bytes = bytes_per_block(loaded.config, config.block_size, stored)
@@ -294,6 +306,7 @@ def _around(
             model_digest=part.model.digest,
             dtype=config.dtype_name,
             kv_dtype=config.kv_dtype_name,
+            quantization=config.quantization,
             block_size=config.block_size,
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,

@@ -10,7 +10,7 @@ import torch
 from engine.config import EngineConfig
 from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.executor import CpuExecutor, SharedSums, SumsBetween, cpu_layout
-from engine.cpu.library import Kernels
+from engine.cpu.library import Kernels, QuantizeKernels
 from engine.cpu.packed_model import PackedModel, pack_model
 from engine.cpu.packing import Packer
 from engine.cpu.sampling import CpuSampling
@@ -27,6 +27,7 @@ from engine.placement import place_weights
 from engine.sampling_ops import SamplingOps
 from engine.torch_sampling import TorchSampling
 from engine.weights.offload_file import FileMemory, OffloadFile
+from engine.weights.quantized import FORMATS, UNQUANTIZED, Quantization, Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +118,25 @@ def cpu_kernels(config: EngineConfig, device: torch.device) -> Path | None:
         return None
 
 
+def weight_quantization(config: EngineConfig) -> Quantization:
+    """Quantised by the kernels wherever there are any, also for what computes without them."""
+    if config.quantization == "none":
+        return UNQUANTIZED
+    quantizer: Quantizer | None = None
+    try:
+        quantizer = QuantizeKernels(kernels_path(this_target()))
+    except BuildError as error:
+        log.warning("quantising in plain torch, many times slower than the CPU kernels: %s", error)
+    return Quantization(FORMATS[config.quantization], quantizer)
+
+
 def packs(config: EngineConfig, model: ModelConfig, kernels: Path | None) -> bool:
     """Whether the CPU kernels (of `cpu_kernels`) compute the model, from packed matrices."""
     return kernels is not None and cpu_layout(model, config.block_size, DTYPES[config.dtype_name]) is not None
 
 
 def place_model(
-    config: EngineConfig, loaded: LoadedModel, kernels: Path | None, device: torch.device
+    config: EngineConfig, loaded: LoadedModel, kernels: Path | None, device: torch.device, quantization: Quantization
 ) -> PackedModel | None:
     """Reads what is still stored into its place: the model's matrices as the CPU kernels read them, which the model
     loses, or its parameters where these do not compute it.
@@ -133,7 +146,7 @@ def place_model(
     on_kernels = packs(config, loaded.config, kernels)
     if not on_kernels and not config.offloads:
         return None
-    placement = place_weights(loaded.model, config, device, loaded.dtype, output_waits=on_kernels)
+    placement = place_weights(loaded.model, config, device, loaded.dtype, quantization.format, output_waits=on_kernels)
     offload_dir = None if config.offload_dir is None else Path(config.offload_dir)
     if not on_kernels:
         fill_waiting(loaded, placement, offload_dir, device)
@@ -144,7 +157,7 @@ def place_model(
     if offload_dir is not None and placement.waiting:
         file = OffloadFile(offload_dir, sum(placement.waiting_bytes.values()))
         waiting = {name: FileMemory(file) for name in placement.waiting}
-    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads())
+    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads(), quantization)
     packed = pack_model(loaded.model, loaded.config, packer, waiting)
     loaded.fill(device)
     return packed

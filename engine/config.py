@@ -44,6 +44,11 @@ class EngineConfig:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = option(
+        "weights in fewer bits: int8 (8.5 with scales) or int4 (5), of all matrices; activations and KV stay dtype",
+        default="none",
+        choices=("none", "int8", "int4"),
+    )
     device: str = option("where it computes", default="auto", choices=("auto", "cpu", "cuda"))
     block_size: int = option("tokens in a KV block", default=16)
     kv_cache_dtype: str = option(

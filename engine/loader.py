@@ -3,7 +3,7 @@
 Matrices that are to be packed stay in the checkpoint; their packer reads them straight into their places.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -13,11 +13,12 @@ from engine.config import available_memory_bytes
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import Reduce, alone
+from engine.models.parallel_layers import Reduce, alone, is_quantizable
 from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.places import TensorPlaces
+from engine.weights.quantized import UNQUANTIZED, Quantization, WeightFormat
 from engine.weights.room import check_room
 from engine.weights.source import open_checkpoint
 from engine.weights.stored import Progress, StoredMatrix
@@ -90,8 +91,10 @@ def load_model(
     on_progress: Callable[[int, int], None],
     split: Split = ALONE,
     keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+    quantization: Quantization = UNQUANTIZED,
 ) -> LoadedModel:
-    """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor.
+    """Loads the model that `source` names, or one rank's shard. Takes memory for its parameters and one tensor, or of a
+    tensor that is quantised a piece.
 
     Args:
         source: A Hugging Face model directory, a .gguf file or a Hub id.
@@ -99,6 +102,7 @@ def load_model(
         on_progress: Called with (bytes read, bytes in all), at the start and after each tensor, also when those that
             stay in the checkpoint are read.
         keeps_stored: Whether the matrices of such a model stay there, for whoever packs them.
+        quantization: Of matrices, as they are read here or packed.
 
     Raises:
         ConfigError: naming the file, the tensor or field, and what to do.
@@ -109,15 +113,14 @@ def load_model(
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
     places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
-    num_values = sum(parameter.numel() for parameter in model.parameters())
-    check_room(source, num_values * DTYPES[dtype].itemsize, dtype, device)
+    num_bytes = sum(num for _, num in weight_bytes(model, DTYPES[dtype], quantization.format))
+    check_room(source, num_bytes, dtype, device)
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
         (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
     ]
     progress = Progress(sum(part_bytes(tensor, part) for tensor, _, part in wanted), on_progress)
-    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtype].itemsize
     keeps = keeps_stored(checkpoint.config)
     if not keeps and num_bytes > (free := available_memory_bytes(device)):
         raise ConfigError(
@@ -128,8 +131,16 @@ def load_model(
     for tensor, name, part in wanted:
         parameter = model.get_parameter(name)
         matrix = StoredMatrix(tensor, part, DTYPES[dtype], checkpoint, progress)
+        module, leaf = _owner(model, name)
+        weight_format = quantization.format if is_quantizable(module) and leaf == "weight" else None
+        if weight_format is not None:
+            matrix.check_groups(weight_format)
         if keeps and parameter.dim() == 2:
             stored[parameter] = matrix
+        elif weight_format is not None and is_quantizable(module):
+            module.quantized = matrix.read_quantized(weight_format, quantization.quantizer).to(device)
+            module.register_parameter(leaf, None)
+            matrix.done()
         else:
             _assign(model, name, matrix.read().to(device))
             matrix.done()
@@ -183,6 +194,22 @@ def check_tensors(checkpoint: Checkpoint) -> TensorPlaces:
     return places
 
 
-def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+def weight_bytes(model: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> Iterator[tuple[str, int]]:
+    """Names and bytes of a model's parameters as `dtype`, its matrices in `weight_format` where there is one."""
+    for name, parameter in model.named_parameters():
+        module, leaf = _owner(model, name)
+        if weight_format is not None and is_quantizable(module) and leaf == "weight":
+            yield name, weight_format.num_bytes(*parameter.shape)
+        else:
+            yield name, parameter.numel() * dtype.itemsize
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a parameter, and what it calls it."""
     owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+    return model.get_submodule(owner), leaf
+
+
+def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    module, leaf = _owner(model, name)
+    module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))

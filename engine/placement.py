@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from engine.config import DISK, EngineConfig, available_memory_bytes
+from engine.loader import weight_bytes
 from engine.models.decoder_layer import DecoderLayer
+from engine.weights.quantized import WeightFormat
 from pdmesh.errors import ConfigError
 from pdmesh.host_memory import available_host_bytes
 
@@ -36,16 +38,23 @@ class Placement:
 
 
 def place_weights(
-    model: nn.Module, config: EngineConfig, device: torch.device, dtype: torch.dtype, *, output_waits: bool
+    model: nn.Module,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_format: WeightFormat | None,
+    *,
+    output_waits: bool,
 ) -> Placement:
     """Decides where the weights of a model without memory will lie, by `--device-map` and `--max-memory`.
 
     Args:
+        weight_format: Of matrices that are quantised; these do not wait elsewhere.
         output_waits: The output matrix may wait as layers do.
 
     Raises ConfigError where they do not fit, with what would.
     """
-    sizes = {name: _num_bytes(module, dtype) for name, module in model.named_modules()}
+    sizes = {name: _num_bytes(module, dtype, weight_format) for name, module in model.named_modules()}
     movable = {name: sizes[name] for name, module in model.named_modules() if isinstance(module, DecoderLayer)}
     if output_waits and "lm_head" in sizes:
         movable["lm_head"] = sizes["lm_head"]
@@ -57,6 +66,11 @@ def place_weights(
         waiting = {}
     else:
         waiting = _inferred(model, config, dtype, movable, limits, own)
+    if waiting and weight_format is not None:
+        raise ConfigError(
+            f"weights in {weight_format.name} take {_gib(sizes[''])} on {own} and do not wait elsewhere: free so much "
+            "there and raise --max-memory, or use --quantization none"
+        )
     bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
     staged = (AHEAD + 1) * max((movable[name] for name in waiting), default=0)
     bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + min(staged, sum(movable.values()))
@@ -75,8 +89,8 @@ def place_weights(
     return Placement(waiting, {place: bytes_in[place] for place in limits if place != own and bytes_in[place]})
 
 
-def _num_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+def _num_bytes(module: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
+    return sum(num_bytes for _, num_bytes in weight_bytes(module, dtype, weight_format))
 
 
 def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:

@@ -133,6 +133,7 @@ class PairingFacts:
     num_kv_heads: int
     head_dim: int
     kv_layout: str
+    quantization: str = "none"
     protocol_version: int = PROTOCOL_VERSION
 
     def mismatch(self, other: PairingFacts) -> str:

@@ -17,6 +17,7 @@ from engine.loader import ALONE, LoadedModel, Split, fill_all
 from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import shard_of
+from engine.weights.quantized import UNQUANTIZED, Quantization
 
 FAKE_CONFIG = ModelConfig(
     name="fake",
@@ -94,6 +95,7 @@ class FakeLoader:
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         on_progress(1, 1)
         return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG), torch.float32, num_bytes=0)

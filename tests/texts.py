@@ -16,6 +16,7 @@ from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import PLAIN, KVCache, KVLayout
 from engine.loader import LoadedModel, load_model
 from engine.models.decoder import DecoderForCausalLM
+from engine.weights.quantized import UNQUANTIZED, Quantization
 
 CPU = torch.device("cpu")
 
@@ -24,15 +25,26 @@ def plain_torch(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
     return TorchExecutor(loaded.model, kv_cache)
 
 
-def load(directory: Path, dtype: str = "float32", *, stored: bool = False) -> LoadedModel:
+def load(
+    directory: Path, dtype: str = "float32", *, stored: bool = False, quantization: Quantization = UNQUANTIZED
+) -> LoadedModel:
     """With `stored`, its matrices are left for a packer."""
-    return load_model(str(directory), dtype, CPU, lambda done, total: None, keeps_stored=lambda config: stored)
+    return load_model(
+        str(directory),
+        dtype,
+        CPU,
+        lambda done, total: None,
+        keeps_stored=lambda config: stored,
+        quantization=quantization,
+    )
 
 
-def packed_for(loaded: LoadedModel, kernels: Kernels, num_threads: int = 2) -> PackedModel:
+def packed_for(
+    loaded: LoadedModel, kernels: Kernels, num_threads: int = 2, quantization: Quantization = UNQUANTIZED
+) -> PackedModel:
     """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
     assert isinstance(loaded.model, DecoderForCausalLM)
-    packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads))
+    packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads, quantization))
     loaded.fill(CPU)
     return packed
 

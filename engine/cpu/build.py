@@ -52,9 +52,11 @@ _AVX512 = frozenset(
 
 # The best first.
 X86_TARGETS = (
-    # Whatever multiplies bfloat16 multiplies integers of 16 bits, too.
+    # All but the first that multiplied bfloat16 look up bytes in registers and multiply integers of 16 bits, too.
     Target(
-        "avx512-bf16", _AVX512 | {"avx512_bf16", "avx512_vnni"}, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
+        "avx512-bf16",
+        _AVX512 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     ),
     Target("avx512", _AVX512, ("-march=x86-64-v4",)),
 )

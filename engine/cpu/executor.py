@@ -156,6 +156,7 @@ class CpuExecutor:
             output=logits.data_ptr(),
             output_bytes=logits.stride(0) * logits.itemsize,
             weight=lm_head.values.data_ptr(),
+            format=lm_head.format,
             bias=lm_head.bias.data_ptr(),
             n=lm_head.n,
             k=lm_head.k,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.weights.checkpoint import FileRows
+from engine.weights.quantized import FORMATS, QuantizedWeight
 
 # Before the kernels: torch brings its OpenMP, and a second one beside it would mean twice the threads.
 assert torch.__version__
@@ -72,6 +73,14 @@ class ScoreRule(ctypes.Structure):
     )
 
 
+class Format(IntEnum):
+    """Of a packed matrix: that of the activations, or fewer bits."""
+
+    ELEMENT = 0
+    INT8 = 1
+    INT4 = 2
+
+
 class Operation(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -93,6 +102,7 @@ class Operation(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("rank_bytes", ctypes.c_int64),
+        ("format", ctypes.c_int32),
         ("num_experts", ctypes.c_int64),
         ("rotation", ctypes.POINTER(Rotation)),
         ("scores", ScoreRule),
@@ -215,6 +225,10 @@ class Kernels:
         self._pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._pack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
         self._pack.restype = ctypes.c_int64
+        self._pack_quantized = {name: library[f"pdmesh_pack_{name}"] for name in FORMATS}
+        for pack in self._pack_quantized.values():
+            pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
+            pack.restype = None
 
     def run(self, decoder: Decoder, step: Step, operations: "ctypes.Array[Operation]", num_threads: int) -> None:
         """Runs the operations one after the other, by `num_threads` threads. Pointers must be valid; nothing checks."""
@@ -245,3 +259,36 @@ class Kernels:
             place = Source(source.descriptor, _ENCODINGS[source.dtype], source.offset, source.row_bytes)
         status: int = self._pack(packed.data_ptr(), k, rows.data_ptr(), len(rows), ctypes.addressof(place), num_threads)
         return status
+
+    def pack_quantized(self, packed: torch.Tensor, rows: torch.Tensor, source: QuantizedWeight) -> None:
+        """As `pack`, of a quantised matrix in a packed one of its format."""
+        assert rows.dtype == torch.int64
+        assert rows.is_contiguous()
+        n, k = source.shape
+        assert int(rows.max()) < n
+        self._pack_quantized[source.format.name](packed.data_ptr(), k, rows.data_ptr(), len(rows), *_addresses(source))
+
+
+class QuantizeKernels:
+    """The compiled quantiser: what engine/weights/quantized.py computes, bit for bit, many times faster."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self._quantize = {name: library[f"pdmesh_quantize_{name}"] for name in FORMATS}
+        for quantize in self._quantize.values():
+            quantize.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3]
+            quantize.restype = None
+
+    def __call__(self, rows: torch.Tensor, to: QuantizedWeight) -> None:
+        """Quantises float32 rows [m, k] to all of `to`, as `quantize_rows` does."""
+        assert rows.dtype == torch.float32
+        assert rows.is_contiguous()
+        assert rows.shape == to.shape
+        self._quantize[to.format.name](rows.data_ptr(), *rows.shape, *_addresses(to))
+
+
+def _addresses(quantized: QuantizedWeight) -> list[int]:
+    """Of values, scales and minima; 0 where there are none."""
+    parts = (quantized.values, quantized.scales, quantized.minima)
+    assert all(part is None or part.is_contiguous() for part in parts)
+    return [0 if part is None else part.data_ptr() for part in parts]

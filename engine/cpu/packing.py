@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.cpu.library import Kernels, PackStatus
+from engine.cpu.library import Format, Kernels, PackStatus
 from engine.weights.checkpoint import FileRows
 from engine.weights.offload_file import FileMemory
+from engine.weights.quantized import UNQUANTIZED, Quantization, WeightFormat, quantize
 from engine.weights.stored import StoredMatrix
 from pdmesh.kv_memory import private_memory
 
@@ -28,12 +29,17 @@ def padded(size: int, multiple: int = PANEL) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """Of a linear map with n outputs and k inputs: its packed values, and its bias, in float32, padded to panels."""
+    """Of a linear map with n outputs and k inputs: its packed values, and its bias, in float32, padded to panels.
+
+    Attributes:
+        values: Of the kernels' dtype; bytes where they are quantised, scales among them.
+    """
 
     n: int
     k: int
     values: torch.Tensor
     bias: torch.Tensor
+    format: Format = Format.ELEMENT
 
     @property
     def num_weights(self) -> int:
@@ -52,12 +58,20 @@ class Packer:
     Args:
         stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
         num_threads: That pack.
+        quantization: Of all matrices but those that are said to stay exact.
     """
 
-    def __init__(self, kernels: Kernels, stored: MutableMapping[torch.Tensor, StoredMatrix], num_threads: int) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        stored: MutableMapping[torch.Tensor, StoredMatrix],
+        num_threads: int,
+        quantization: Quantization = UNQUANTIZED,
+    ) -> None:
         self._kernels = kernels
         self._stored = stored
         self._num_threads = num_threads
+        self._quantization = quantization
         self._memory: _LargePages | FileMemory = _LargePages()
 
     @contextmanager
@@ -73,31 +87,36 @@ class Packer:
         finally:
             self._memory = large_pages
 
-    def side_by_side(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
-        """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other."""
+    def side_by_side(
+        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], *, exact: bool = False
+    ) -> PackedMatrix:
+        """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other; `exact`: never
+        quantised."""
         base, places = 0, []
         for weight in weights:
             places.append(base + torch.arange(len(weight)))
             base += len(weight)
-        return self._packed(base, weights, biases, places)
+        return self._packed(base, weights, biases, places, None if exact else self._quantization.format)
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""
         first = _alternating(torch.arange(len(weights[0])))
-        return self._packed(2 * padded(len(first), _HALF), weights, biases, [first, first + _HALF])
+        places = [first, first + _HALF]
+        return self._packed(2 * padded(len(first), _HALF), weights, biases, places, self._quantization.format)
 
     def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
         """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
         two, `interleaved`. The bias is that of any expert: zeros."""
         (n, k), num_parts = experts[0][0].shape, len(experts[0])
         size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
-        values = self._zeros(len(experts) * size, experts[0][0])
+        weight_format = self._quantization.format
+        values = self._zeros(len(experts) * size, experts[0][0], weight_format)
         outputs = torch.arange(n)
         within = outputs if num_parts == 1 else _alternating(outputs)
         for expert, weights in enumerate(experts):
             for place, weight in enumerate(weights):
-                self._pack(values, expert * size + place * _HALF + within, weight)
-        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size))
+                self._pack(values, expert * size + place * _HALF + within, weight, weight_format)
+        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size), _format(weight_format))
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
@@ -113,7 +132,7 @@ class Packer:
             places.append((heads[:, None] + in_head).flatten())
             base += head_columns * len(heads)
         places.append(base + torch.arange(len(v)))
-        return self._packed(base + len(v), weights, biases, places)
+        return self._packed(base + len(v), weights, biases, places, self._quantization.format)
 
     @staticmethod
     def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
@@ -130,16 +149,19 @@ class Packer:
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
         places: Sequence[torch.Tensor],
+        weight_format: WeightFormat | None,
     ) -> PackedMatrix:
         """The matrix whose outputs `places` are those of `weights`, and all others zero."""
-        values, packed_bias = self._zeros(n, weights[0]), torch.zeros(padded(n))
+        values, packed_bias = self._zeros(n, weights[0], weight_format), torch.zeros(padded(n))
         for weight, bias, outputs in zip(weights, biases, places, strict=True):
-            self._pack(values, outputs, weight)
+            self._pack(values, outputs, weight, weight_format)
             if bias is not None:
                 packed_bias[outputs] = bias.float()
-        return PackedMatrix(n, weights[0].shape[1], values, packed_bias)
+        return PackedMatrix(n, weights[0].shape[1], values, packed_bias, _format(weight_format))
 
-    def _pack(self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor) -> None:
+    def _pack(
+        self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, weight_format: WeightFormat | None
+    ) -> None:
         """Stores a matrix in a packed one, as its `outputs`.
 
         Raises ConfigError where the checkpoint cannot give the matrix, or it holds what is not finite.
@@ -147,12 +169,22 @@ class Packer:
         if values.is_meta:
             return
         stored, k = self._stored.pop(weight, None), weight.shape[1]
-        source = weight if stored is None else stored.rows() or stored.read()
         # From the panel with the first output on.
         first = int(outputs.min()) // PANEL * PANEL
         rows = torch.full((int(outputs.max()) + 1 - first,), -1)
+        panels = values[first * _values_of_output(k, values.dtype, weight_format) :]
+        if weight_format is not None:
+            quantizer = self._quantization.quantizer
+            rows[outputs - first] = torch.arange(len(weight))
+            if stored is None:
+                quantized = quantize(weight, weight_format, quantizer)
+            else:
+                quantized = stored.read_quantized(weight_format, quantizer)
+                stored.done()
+            self._kernels.pack_quantized(panels, rows, quantized)
+            return
+        source = weight if stored is None else stored.rows() or stored.read()
         rows[outputs - first] = _row_numbers(source)
-        panels = values[first * padded(k, PACK[values.dtype]) :]
         status = self._kernels.pack(panels, k, rows, source, self._num_threads)
         if stored is None:
             assert status == PackStatus.PACKED, "what lies in memory was found finite when it was read"
@@ -167,10 +199,10 @@ class Packer:
             case error:
                 raise stored.unreadable(os.strerror(error))
 
-    def _zeros(self, n: int, like: torch.Tensor) -> torch.Tensor:
+    def _zeros(self, n: int, like: torch.Tensor, weight_format: WeightFormat | None) -> torch.Tensor:
         """Of a packed matrix of n outputs, of which `like` makes some."""
-        dtype = self._kernels.dtype
-        num_values = padded(n) * padded(like.shape[1], PACK[dtype])
+        dtype = self._kernels.dtype if weight_format is None else torch.uint8
+        num_values = padded(n) * _values_of_output(like.shape[1], dtype, weight_format)
         if like.is_meta and like not in self._stored:
             return torch.empty(num_values, dtype=dtype, device="meta")
         return torch.frombuffer(self._memory.take(num_values * dtype.itemsize), dtype=dtype)
@@ -187,6 +219,15 @@ class _LargePages:
             self._left = private_memory(max(_CHUNK_BYTES, num_bytes))
         taken, self._left = self._left[:num_bytes], self._left[padded(num_bytes, _CACHE_LINE) :]
         return taken
+
+
+def _format(weight_format: WeightFormat | None) -> Format:
+    return Format.ELEMENT if weight_format is None else Format[weight_format.name.upper()]
+
+
+def _values_of_output(k: int, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
+    """Of `dtype`, that each output of a packed matrix takes; bytes of one that is quantised."""
+    return padded(k, PACK[dtype]) if weight_format is None else weight_format.num_bytes(1, k)
 
 
 def _row_numbers(source: torch.Tensor | FileRows) -> torch.Tensor:

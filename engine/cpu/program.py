@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.attention import Scores
 from engine.cpu.angles import Angles
-from engine.cpu.library import Activation, Finish, Kind, Operation, ScoreRule
+from engine.cpu.library import Activation, Finish, Format, Kind, Operation, ScoreRule
 from engine.cpu.packing import PACK, PackedMatrix, padded
 
 # kernels/mixture.h: kMaxExperts.
@@ -124,7 +124,7 @@ class Program:
         """output = the table's rows of the tokens, which begin with `first_token`'s, times `scale`; of tokens that it
         has not, zeros. `output` is float32, as are all residuals."""
         operation = Operation(kind=Kind.EMBED, n=table.n, k=table.k, first=first_token, scale=scale)
-        self._add(operation, None, output, weight=table.values)
+        self._add(operation, None, output, weight=table.values, format=table.format)
 
     def add_positions(self, table: torch.Tensor, offset: int, output: Rows) -> None:
         """output += each token's row of `table`, [positions + offset, width], whose row `offset` is of position 0."""
@@ -274,7 +274,7 @@ class Program:
     def _project(self, operation: Operation, source: Rows, matrix: PackedMatrix, output: Rows) -> None:
         assert source.width == matrix.k
         operation.n, operation.k = matrix.n, matrix.k
-        self._add(operation, source, output, weight=matrix.values, bias=matrix.bias)
+        self._add(operation, source, output, weight=matrix.values, format=matrix.format, bias=matrix.bias)
 
     def _add(
         self,
@@ -283,6 +283,7 @@ class Program:
         output: Rows,
         *,
         weight: torch.Tensor | None = None,
+        format: Format = Format.ELEMENT,
         bias: torch.Tensor | None = None,
     ) -> None:
         """Appends an operation, told where it reads and writes."""
@@ -294,6 +295,7 @@ class Program:
             operation.input, operation.input_bytes = source.address, source.row_bytes
         operation.output, operation.output_bytes = output.address, output.row_bytes
         operation.weight = None if weight is None else weight.data_ptr()
+        operation.format = format
         operation.bias = None if bias is None else bias.data_ptr()
         self._operations.append(operation)
 

@@ -22,14 +22,15 @@ from engine.models.causal_lm import CausalLM
 from engine.parallel.shard import Shard
 
 _META = torch.device("meta")
+# What oneDNN, which multiplies in half precision on a CPU, keeps of the kernels that it made for the shapes it met.
+_ONEDNN_BYTES = 72_000_000
 
 
 def peak_step_bytes(
     config: EngineConfig, model_config: ModelConfig, shard: Shard, model: CausalLM, max_model_len: int
 ) -> int:
     """The most that is allocated at once, of the two steps that take most: the last chunk of the longest request, and
-    a full batch of requests that are as long together. In half precision, a CPU's products also take a matrix in an
-    order of their own.
+    a full batch of requests that are as long together.
 
     Args:
         model: Of the shard; goes to the "meta" device.
@@ -48,9 +49,7 @@ def peak_step_bytes(
         _batch([1] * len(decodes), decodes, config.block_size),
     ]
     peak = max(_peak(executor, batch, _hidden(batch, model_config, shard, dtype)) for batch in steps)
-    if config.torch_device.type == "cpu" and dtype != torch.float32:
-        peak += max(parameter.nbytes for parameter in model.parameters())
-    return peak
+    return peak + (_ONEDNN_BYTES if config.torch_device.type == "cpu" and dtype != torch.float32 else 0)
 
 
 def _peak(executor: TorchExecutor, batch: Batch, hidden: torch.Tensor | None) -> int:

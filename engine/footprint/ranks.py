@@ -18,13 +18,14 @@ from engine.cpu.packing import Packer
 from engine.cpu.program import Program, Rows
 from engine.decoder_config import DecoderLayers, RotaryPositions
 from engine.footprint.peak import peak_step_bytes
-from engine.loader import DTYPES
+from engine.loader import DTYPES, weight_bytes
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.shard import Shard
 from engine.runner import PROMPT_LOGITS_ROWS
+from engine.weights.quantized import FORMATS, Quantization, WeightFormat
 
 _EMBEDDING = "embed_tokens"
 _OUTPUT = "lm_head"
@@ -78,7 +79,7 @@ def rank_memory(
         weights, buffers_bytes = _on_cpu_kernels(config, model_config, shard, max_model_len)
     else:
         model = _model(config, model_config, shard)
-        weights = _weights(model)
+        weights = _weights(model, DTYPES[config.dtype_name], FORMATS.get(config.quantization))
         buffers_bytes = peak_step_bytes(config, model_config, shard, model, max_model_len)
     return RankMemory(weights, buffers_bytes + _logits_bytes(config, shard))
 
@@ -87,15 +88,15 @@ def _model(config: EngineConfig, model_config: ModelConfig, shard: Shard) -> Cau
     return build_model(model_config, shard).to(DTYPES[config.dtype_name])
 
 
-def _weights(model: CausalLM) -> WeightBytes:
+def _weights(model: CausalLM, dtype: torch.dtype, weight_format: WeightFormat | None) -> WeightBytes:
     embedding = layers = output = 0
-    for name, parameter in model.named_parameters():
+    for name, num_bytes in weight_bytes(model, dtype, weight_format):
         if name.startswith(_OUTPUT):
-            output += parameter.nbytes
+            output += num_bytes
         elif _EMBEDDING in name:
-            embedding += parameter.nbytes
+            embedding += num_bytes
         else:
-            layers += parameter.nbytes
+            layers += num_bytes
     return WeightBytes(embedding, layers, output)
 
 
@@ -110,7 +111,8 @@ def _on_cpu_kernels(
     model = _model(config, model_config, probe)
     assert isinstance(model, DecoderForCausalLM)
     _give_values_to_vectors(model)
-    packed = pack_model(model, model_config, Packer(_NoKernels(dtype), {}, num_threads=1))
+    quantization = Quantization(FORMATS.get(config.quantization))
+    packed = pack_model(model, model_config, Packer(_NoKernels(dtype), {}, 1, quantization))
     angles = angles_of(layers.positions, model_config.head_dim, _FEW_POSITIONS)
     program = Program(config.max_num_batched_tokens, dtype)
 

@@ -6,7 +6,6 @@ have the same names in all families (engine/models/tensor_names.py); arithmetic 
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.attention import Attention
 from engine.batch import Batch
@@ -15,9 +14,10 @@ from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.models.decoder_layer import DecoderLayer
 from engine.models.norms import make_norm
-from engine.models.parallel_layers import ColumnParallelLinear, Reduce, VocabParallelEmbedding
+from engine.models.parallel_layers import ColumnParallelLinear, Reduce, VocabParallelEmbedding, weight_of
 from engine.models.positions import PositionEmbedding, RotaryTable
 from engine.parallel.shard import Shard
+from engine.weights.quantized import linear
 
 
 class DecoderForCausalLM(CausalLM):
@@ -47,7 +47,7 @@ class DecoderForCausalLM(CausalLM):
             hidden = self.model.project_out(hidden)
         head = self.lm_head or self.model.embed_tokens
         assert head is not None
-        logits = F.linear(hidden, head.weight).float()
+        logits = linear(hidden, weight_of(head)).float()
         cap = self.logit_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,9 @@ class HfDirectory:
         self._config = _read_config(directory, name)
         shards = _shard_names(directory)
         self._files = tuple(directory / shard for shard in shards)
-        self._shards: dict[Path, Any] = {file: _open_shard(file) for file in self._files}
-        self._tensors = {tensor.name: tensor for file in self._files for tensor in _stored_tensors(file, self._shards)}
+        self._tensors = {tensor.name: tensor for file in self._files for tensor in _stored_tensors(file)}
+        # Mapped for torch, as values are asked for.
+        self._shards: dict[Path, Any] = {}
         self._layouts: dict[Path, _Layout] = {}
         for shard, listed in shards.items():
             self._check_listed(shard, listed)
@@ -82,6 +83,8 @@ class HfDirectory:
         stored = self._tensors[name]
         # Copied even where the dtype is right: the model must not depend on what becomes of the file.
         values = torch.empty(part.shape_of(stored.shape), dtype=dtype)
+        if stored.file not in self._shards:
+            self._shards[stored.file] = _open_shard(stored.file, "pt")
         try:
             lazy = self._shards[stored.file].get_slice(name)
             if values.dim() == 0:
@@ -158,14 +161,22 @@ def _shard_names(directory: Path) -> dict[str, frozenset[str]]:
     return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
 
 
-def _open_shard(file: Path) -> Any:
-    """A handle of the safetensors library, which publishes no types. It checks the header against the file's size."""
+def _open_shard(file: Path, framework: Literal["np", "pt"]) -> Any:
+    """A handle of the safetensors library, which publishes no types. It checks the header against the file's size.
+
+    For torch, the system is asked for as much memory as the file is long, though but pages that are read take any; for
+    numpy, which cannot read all encodings, it is not.
+    """
     if not file.exists():
         raise ConfigError(f"{file}: is listed in {_INDEX} and missing: get this shard too")
+    # The library calls a file that it may not read one that is not there.
+    os.close(open_to_read(file))
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file}: not a whole safetensors file ({error}): get it anew") from error
+    except RuntimeError as error:
+        raise ConfigError(f"{file}: cannot be mapped ({error}): take a copy of the model in smaller shards") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +197,8 @@ def _read_layout(file: Path) -> _Layout:
     return _Layout(descriptor, {name: first + tensor["data_offsets"][0] for name, tensor in header.items()})
 
 
-def _stored_tensors(file: Path, shards: Mapping[Path, Any]) -> list[StoredTensor]:
-    shard = shards[file]
+def _stored_tensors(file: Path) -> list[StoredTensor]:
+    shard = _open_shard(file, "np")
     tensors = []
     for name in shard.offset_keys():
         header = shard.get_slice(name)

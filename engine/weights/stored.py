@@ -1,12 +1,16 @@
 """Matrices that are still in their checkpoint: whoever computes with them in an order of their own reads them there."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from engine.weights.checkpoint import Checkpoint, FileRows, Part, StoredTensor, not_finite, part_bytes
+from engine.weights.quantized import GROUP, QuantizedWeight, Quantizer, WeightFormat
 from pdmesh.errors import ConfigError
+
+# Of a matrix that is quantised: read at a time.
+_PIECE_VALUES = 1 << 20
 
 
 class Progress:
@@ -49,6 +53,38 @@ class StoredMatrix:
     def read(self) -> torch.Tensor:
         """The values, in memory of their own. Raises ConfigError."""
         return self.checkpoint.read(self.tensor.name, self.dtype, self.part)
+
+    def read_quantized(self, weight_format: WeightFormat, quantizer: Quantizer | None) -> QuantizedWeight:
+        """The matrix in few bits; takes memory for it and for a piece of its values. Raises ConfigError."""
+        n, k = self.part.shape_of(self.tensor.shape)
+        quantized = QuantizedWeight.empty(weight_format, n, k, self.dtype)
+        # Whole heads, which of some tensors alone can be read.
+        head_dim = self.checkpoint.config.head_dim
+        rows_each = max(1, _PIECE_VALUES // k // head_dim) * head_dim
+        first = 0
+        for run in self.part.runs_of(self.tensor.shape):
+            for begin in range(0, len(run), rows_each):
+                # In float32: what a file's own scales and integers make may be no number of the model's dtype.
+                piece = replace(self.part, rows=run[begin : begin + rows_each])
+                values = self.checkpoint.read(self.tensor.name, torch.float32, piece)
+                try:
+                    quantized.store_rows(first, values, quantizer)
+                except ConfigError as error:
+                    raise ConfigError(
+                        f"{self.tensor.file}: tensor {self.tensor.name} {error}: use --quantization none"
+                    ) from error
+                first += len(values)
+        return quantized
+
+    def check_groups(self, weight_format: WeightFormat) -> None:
+        """Raises ConfigError where the part's columns cut through a group: its weights would not be the whole's."""
+        num_columns = Part(transposed=self.part.transposed).shape_of(self.tensor.shape)[1]
+        columns = self.part.columns or range(num_columns)
+        if columns.start % GROUP or (columns.stop % GROUP and columns.stop != num_columns):
+            raise ConfigError(
+                f"--quantization {weight_format.name} has a scale for each {GROUP} columns, and a rank would hold "
+                f"columns {columns.start} to {columns.stop} of {self.tensor.name}: choose another --tp, or none"
+            )
 
     def done(self) -> None:
         """Says that the values were read."""

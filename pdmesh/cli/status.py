@@ -60,6 +60,7 @@ def _worker(status: WorkerStatus) -> Group:
     head = Text.assemble(
         ("worker ", "dim"), info.worker_id, "  ", words.role(info), "  ", _state(info), ("  at ", "dim"), info.address,
         ("  up ", "dim"), words.uptime(status.uptime_s),
+        *((("  in ", "dim"), words.precision(info.facts)) if info.facts else ()),
     )  # fmt: skip
     held = Text.assemble(
         ("requests ", "dim"), str(status.num_requests), ("  steps ", "dim"), str(status.num_steps),

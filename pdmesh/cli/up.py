@@ -119,7 +119,7 @@ def _processes(cluster: LocalCluster, workers: list[WorkerProcess]) -> Table:
             str(worker.pid),
             info.address,
             info.model.name if info.model else "",
-            info.facts.dtype if info.facts else "",
+            words.precision(info.facts) if info.facts else "",
             f"{info.load.num_blocks} × {info.facts.block_size} tokens" if info.facts else "",
             "" if info.role is Role.STORE else _threads(cluster.config, info.tp_size * info.pp_size),
             _kept(cluster.config, info.role),

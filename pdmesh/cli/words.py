@@ -1,12 +1,17 @@
 """Values as every table of ours says them."""
 
-from pdmesh.types import WorkerInfo
+from pdmesh.types import PairingFacts, WorkerInfo
 
 
 def role(info: WorkerInfo) -> str:
     """The role, and the degrees of a worker with several ranks: decode TP 2."""
     degrees = (("TP", info.tp_size), ("PP", info.pp_size))
     return " ".join((info.role.value, *(f"{name} {size}" for name, size in degrees if size > 1)))
+
+
+def precision(facts: PairingFacts) -> str:
+    """What a worker computes in, and its weights' bits where these are fewer: bfloat16, int4 weights."""
+    return facts.dtype if facts.quantization == "none" else f"{facts.dtype}, {facts.quantization} weights"
 
 
 def size(num_bytes: float) -> str:

@@ -36,6 +36,9 @@ class LocalConfig:
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = option(
+        "weights in fewer bits: int8 (8.5 with scales) or int4 (5)", default="none", choices=("none", "int8", "int4")
+    )
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
     kv_cache_dtype: str = option(
         "what keys and values are stored in; auto: as the model computes; int8: with a scale for each token and head",

@@ -342,6 +342,7 @@ class PairingFacts(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     KV_LAYOUT_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     model_digest: _builtins.str
     """Digest of config and weights (see engine/weights)."""
@@ -354,6 +355,8 @@ class PairingFacts(_message.Message):
     head_dim: _builtins.int
     kv_layout: _builtins.str
     """Name of the order in which a block's bytes lie."""
+    quantization: _builtins.str
+    """Of the weights: "none", or the name of a format of fewer bits."""
     def __init__(
         self,
         *,
@@ -366,10 +369,11 @@ class PairingFacts(_message.Message):
         num_kv_heads: _builtins.int = ...,
         head_dim: _builtins.int = ...,
         kv_layout: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "protocol_version", b"protocol_version", "quantization", b"quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,6 +26,7 @@ from engine.model_config import ModelConfig
 from engine.parallel.exchange import GroupDownError
 from engine.parallel.spawn import spawned_group
 from engine.request import Request
+from engine.weights.quantized import UNQUANTIZED, Quantization
 from pdmesh.errors import ConfigError, MeshError
 from pdmesh.sampling import SamplingParams
 from tests.rank_groups import alone, arrivals, assert_same, config, group_of_ranks, serve
@@ -222,8 +223,9 @@ class Failing:
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
-        loaded = load_model(source, dtype, device, on_progress, split, keeps_stored)
+        loaded = load_model(source, dtype, device, on_progress, split, keeps_stored, quantization)
         *_, last = (module for module in loaded.model.modules() if type(module).__name__ == "MLP")
         last.register_forward_pre_hook(self._fail)
         return loaded

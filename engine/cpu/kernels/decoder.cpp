@@ -10,6 +10,7 @@
 #include "mixture.h"
 #include "norms.h"
 #include "operation.h"
+#include "quantized.h"
 
 namespace pdmesh {
 
@@ -83,7 +84,18 @@ class StepRun {
     }
   }
 
-  static PackedMatrix<Element> matrix(const Operation& op) { return {static_cast<const Value*>(op.weight), op.n, op.k}; }
+  // Calls work(packed matrix) with the operation's.
+  template <class Work>
+  static void with_matrix(const Operation& op, const Work& work) {
+    switch (op.format) {
+      case Format::kElement:
+        return work(PackedMatrix<Element>{static_cast<const Value*>(op.weight), op.n, op.k});
+      case Format::kInt8:
+        return work(QuantizedMatrix<Int8>{static_cast<const char*>(op.weight), op.n, op.k});
+      case Format::kInt4:
+        return work(QuantizedMatrix<Int4>{static_cast<const char*>(op.weight), op.n, op.k});
+    }
+  }
 
   template <class T>
   static T* output_row(const Operation& op, int64_t row) {
@@ -99,13 +111,14 @@ class StepRun {
 
   // Rows of the (packed) embedding, widened.
   void embed(Team& team, const Operation& op) const {
-    const PackedMatrix<Element> table = matrix(op);
-    team.for_each(step_.num_tokens, [&](int64_t row) {
-      float* output = output_row<float>(op, row);
-      const int64_t token = step_.token_ids[row] - op.first;
-      // Of other ranks' tokens, nothing.
-      const bool ours = token >= 0 && token < op.n;
-      for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? Element::widen_one(table.at(token, i)) * op.scale : 0.0f;
+    with_matrix(op, [&](const auto& table) {
+      team.for_each(step_.num_tokens, [&](int64_t row) {
+        float* output = output_row<float>(op, row);
+        const int64_t token = step_.token_ids[row] - op.first;
+        // Of other ranks' tokens, nothing.
+        const bool ours = token >= 0 && token < op.n;
+        for (int64_t i = 0; i < op.k; ++i) output[i] = ours ? table.at(token, i) * op.scale : 0.0f;
+      });
     });
   }
 
@@ -191,7 +204,9 @@ class StepRun {
 
   void project(Team& team, const Operation& op) const {
     with_finish(op, [&](const auto& finish) {
-      multiply<Element>(team, matrix(op), op.input, op.input_bytes, num_rows(op), finish);
+      with_matrix(op, [&](const auto& matrix) {
+        multiply<Element>(team, matrix, op.input, op.input_bytes, num_rows(op), finish);
+      });
     });
   }
 
@@ -263,7 +278,9 @@ class StepRun {
   // As project, of gathered rows, each with its expert's matrix.
   void project_experts(Team& team, const Operation& op) const {
     with_finish(op, [&](const auto& finish) {
-      multiply_experts<Element>(team, matrix(op), op.num_experts, routing_, op.input, op.input_bytes, finish);
+      with_matrix(op, [&](const auto& matrix) {
+        multiply_experts<Element>(team, matrix, op.num_experts, routing_, op.input, op.input_bytes, finish);
+      });
     });
   }
 

@@ -35,10 +35,13 @@ struct PackedMatrix {
   int64_t num_steps() const { return (k + Element::kPack - 1) / Element::kPack; }
   const Value* panel(int64_t index) const { return data + index * num_steps() * kPanel * Element::kPack; }
   // Element (row, column) of the matrix as the checkpoint has it.
-  Value at(int64_t row, int64_t column) const {
+  float at(int64_t row, int64_t column) const {
     const Value* step = panel(row / kPanel) + column / Element::kPack * kPanel * Element::kPack;
-    return step[row % kPanel * Element::kPack + column % Element::kPack];
+    return Element::widen_one(step[row % kPanel * Element::kPack + column % Element::kPack]);
   }
+
+  // What a thread keeps of a block of rows from panel to panel.
+  struct Scratch {};
 };
 
 // sums[i][j] = rows[i] * panel column vector j, over num_steps.
@@ -84,7 +87,8 @@ inline void multiply_rows(int count, const void* rows, int64_t row_bytes, const 
 // Rows [first, end) of `rows` times one of a matrix' panels, which `finish` knows as `index`.
 template <class Element, class Finish>
 inline void multiply_panel(const PackedMatrix<Element>& matrix, int64_t panel, const void* rows, int64_t row_bytes,
-                           int64_t first, int64_t end, int64_t index, const Finish& finish) {
+                           int64_t first, int64_t end, int64_t index, const Finish& finish,
+                           typename PackedMatrix<Element>::Scratch&) {
   const int64_t num_tiles = (end - first + kMaxRows - 1) / kMaxRows;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     // Of even size: a last tile of one row would cost almost as much as a full one.
@@ -104,15 +108,16 @@ inline int64_t num_row_blocks(int64_t num_rows, int64_t row_bytes, int num_threa
 
 // The product of `num_rows` rows, `row_bytes` apart, with a matrix. finish(row, panel index, sums[kVectors]) is called
 // once for each row and panel.
-template <class Element, class Finish>
-void multiply(Team& team, const PackedMatrix<Element>& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
+template <class Element, class Matrix, class Finish>
+void multiply(Team& team, const Matrix& matrix, const void* rows, int64_t row_bytes, int64_t num_rows,
               const Finish& finish) {
+  typename Matrix::Scratch scratch;
   const int64_t num_panels = matrix.num_panels();
   const int64_t num_blocks = num_row_blocks(num_rows, row_bytes, team.num_threads());
   team.for_each(num_blocks * num_panels, [&](int64_t item) {
     const int64_t block = item / num_panels, index = item % num_panels;
     const int64_t first = num_rows * block / num_blocks, end = num_rows * (block + 1) / num_blocks;
-    multiply_panel<Element>(matrix, index, rows, row_bytes, first, end, index, finish);
+    multiply_panel<Element>(matrix, index, rows, row_bytes, first, end, index, finish, scratch);
   });
 }
 

@@ -100,15 +100,16 @@ class Routing {
 
 // The product of gathered rows, `row_bytes` apart, each with its own expert's part of a matrix: the experts' outputs lie
 // in it one after the other, each padded to whole panels. finish(row, panel of the expert, sums[kVectors]) as `multiply`.
-template <class Element, class Finish>
-void multiply_experts(Team& team, const PackedMatrix<Element>& matrix, int64_t num_experts, const Routing& routing,
+template <class Element, class Matrix, class Finish>
+void multiply_experts(Team& team, const Matrix& matrix, int64_t num_experts, const Routing& routing,
                       const void* rows, int64_t row_bytes, const Finish& finish) {
+  typename Matrix::Scratch scratch;
   const int64_t num_panels = matrix.num_panels() / num_experts;
   team.for_each(int64_t(routing.blocks().size()) * num_panels, [&](int64_t item) {
     const Routing::Block& block = routing.blocks()[item / num_panels];
     const int64_t index = item % num_panels;
     multiply_panel<Element>(matrix, block.expert * num_panels + index, rows, row_bytes, block.first, block.end, index,
-                            finish);
+                            finish, scratch);
   });
 }
 

@@ -33,6 +33,9 @@ enum class Finish : int32_t { kStore, kAdd, kNarrow, kActivate, kActivateMultipl
 // Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
 enum class Rows : int32_t { kTokens, kOutputs };
 
+// Of a packed matrix: that of the activations, or fewer bits.
+enum class Format : int32_t { kElement, kInt8, kInt4 };
+
 struct Operation {
   Kind kind;
   Finish finish;
@@ -53,6 +56,7 @@ struct Operation {
   int64_t first;       // of an embedding: the token of its first row; of positions: the row of position 0; of a sum:
                        // which of the run's it is, from 0
   int64_t rank_bytes;  // of a sum: from one rank's rows to the next one's
+  Format format;  // of a packed matrix
   int64_t num_experts;  // whose matrices lie in `weight`, one after the other
   const Rotation* rotation;
   Scores scores;

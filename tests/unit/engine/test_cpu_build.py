@@ -10,7 +10,10 @@ from engine.cpu.build import X86_TARGETS, BuildError, compile_kernels, this_targ
 _V4 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 
-@pytest.mark.parametrize(("features", "name"), [(_V4 | {"avx512_bf16", "sse"}, "avx512-bf16"), (_V4, "avx512")])
+_BF16 = {"avx512_bf16", "avx512_vnni", "avx512vbmi"}
+
+
+@pytest.mark.parametrize(("features", "name"), [(_V4 | _BF16 | {"sse"}, "avx512-bf16"), (_V4, "avx512")])
 def test_the_best_that_the_processor_has(monkeypatch: pytest.MonkeyPatch, features: set[str], name: str) -> None:
     monkeypatch.setattr(build, "_cpu_features", lambda: frozenset(features))
     assert this_target().name == name

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.loader import ALONE, LoadedModel, Split, fill_all
 from engine.local_engine import LocalEngine
 from engine.model_config import ModelConfig
+from engine.weights.quantized import UNQUANTIZED, Quantization
 from pdmesh.errors import ConfigError, InternalError, InvalidRequestError, UnavailableError
 from pdmesh.hashing import block_hashes, root_hash
 from pdmesh.sampling import SamplingParams
@@ -471,6 +472,7 @@ async def test_a_model_that_cannot_be_loaded() -> None:
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         raise ConfigError(f"{source} is no model")
 
@@ -491,6 +493,7 @@ async def test_closing_while_the_model_loads() -> None:
         on_progress: Callable[[int, int], None],
         split: Split = ALONE,
         keeps_stored: Callable[[ModelConfig], bool] = fill_all,
+        quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         on_progress(0, 2)
         loading.set()

@@ -24,6 +24,7 @@ from engine.loader import LoadedModel
 from engine.models import build_model
 from engine.placement import AHEAD, Placement, place_weights
 from engine.weights.offload_file import FileMemory, OffloadFile, address_of
+from engine.weights.quantized import UNQUANTIZED
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
 from tests.texts import CPU, Texts, load, random_text
@@ -49,7 +50,7 @@ def logits(config: EngineConfig, steps: Sequence[int]) -> torch.Tensor:
     directory = Path(config.model)
     loaded = load(directory, config.dtype_name, stored=True)
     kernels = cpu_kernels(config, CPU)
-    packed = place_model(config, loaded, kernels, CPU)
+    packed = place_model(config, loaded, kernels, CPU, UNQUANTIZED)
     assert not loaded.stored, "all was read"
 
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
@@ -95,7 +96,7 @@ def test_a_file_says_what_waits(deep: Path, tmp_path: Path) -> None:
 
 def placement(config: EngineConfig) -> Placement:
     model = build_model(open_checkpoint(config.model).config)
-    return place_weights(model, config, CPU, torch.float32, output_waits=True)
+    return place_weights(model, config, CPU, torch.float32, None, output_waits=True)
 
 
 def refusal(

@@ -37,12 +37,19 @@ def test_on_a_redis_that_others_use_worker_ids_are_this_clusters_own(tmp_path: P
 
 def test_settings_reach_those_whom_they_concern(tmp_path: Path) -> None:
     config = LocalConfig(
-        model="m", dtype="bfloat16", kv_cache_bytes=4096, max_model_len=64, transports="grpc", short_prefill_tokens=0
+        model="m",
+        dtype="bfloat16",
+        quantization="int4",
+        kv_cache_bytes=4096,
+        max_model_len=64,
+        transports="grpc",
+        short_prefill_tokens=0,
     )
     commands = cluster_commands(config, 1, tmp_path)
     prefill, decode = commands.workers["prefill-0"].command, commands.workers["decode-0"].command
     for command in (prefill, decode):
         assert argument(command, "--dtype") == "bfloat16"
+        assert argument(command, "--quantization") == "int4"
         assert argument(command, "--kv-cache-bytes") == "4096"
         assert argument(command, "--max-model-len") == "64"
     assert argument(decode, "--transports") == "grpc"

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,31 @@ def test_templates_refuse_and_reach_nothing_outside(template: str) -> None:
 def test_a_template_that_is_no_jinja_ends_the_start() -> None:
     with pytest.raises(ConfigError, match=r"^tiny: the chat template is no valid Jinja"):
         ChatTemplate("{% if %}", {}, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"a":' * 100_000),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"\xff\xfe\x00"),
+        ("tokenizer_config.json", b'{"a":' * 100_000),
+        ("config.json", b"[" * 100_000),
+        ("chat_template.jinja", b"\xff\xfe{{"),
+        ("chat_template.jinja", b"{% for %}"),
+        ("chat_template.jinja", b"{{" + b"(" * 100_000),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(tiny_model: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    directory = shutil.copytree(tiny_model, tmp_path / "broken")
+    (directory / name).write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_text_model(str(directory))
+    assert refused.value.message.startswith(str(directory))
+    assert re.search("get the files? anew$", refused.value.message)
+    assert "\n" not in refused.value.message
 
 
 # GGUF
