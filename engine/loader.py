@@ -19,7 +19,6 @@ from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
 from engine.weights.places import TensorPlaces
 from engine.weights.quantized import UNQUANTIZED, Quantization, WeightFormat
-from engine.weights.room import check_room
 from engine.weights.source import open_checkpoint
 from engine.weights.stored import Progress, StoredMatrix
 from pdmesh.errors import ConfigError
@@ -114,7 +113,6 @@ def load_model(
     places = check_tensors(checkpoint)
     model = build_model(checkpoint.config, shard, split.reduce)
     num_bytes = sum(num for _, num in weight_bytes(model, DTYPES[dtype], quantization.format))
-    check_room(source, num_bytes, dtype, device)
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [

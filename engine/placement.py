@@ -31,10 +31,12 @@ class Placement:
     Attributes:
         waiting: The modules whose weights lie elsewhere, and where: "cpu", "disk" or another GPU.
         waiting_bytes: How many of them lie in each place.
+        staged_bytes: Of those that have come in, on the device, at once.
     """
 
     waiting: Mapping[str, str] = field(default_factory=dict)
     waiting_bytes: Mapping[str, int] = field(default_factory=dict)
+    staged_bytes: int = 0
 
 
 def place_weights(
@@ -61,7 +63,7 @@ def place_weights(
     limits = _limits(config, device)
     own = device.type if device.type == "cpu" else str(torch.device(device.type, device.index or 0))
     if config.device_map is not None and config.device_map.endswith(".json"):
-        waiting = _read_map(Path(config.device_map), model, movable, own)
+        waiting = _read_map(Path(config.device_map), model, movable, limits, own)
     elif sizes[""] <= limits[own]:
         waiting = {}
     else:
@@ -72,8 +74,8 @@ def place_weights(
             "there and raise --max-memory, or use --quantization none"
         )
     bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
-    staged = (AHEAD + 1) * max((movable[name] for name in waiting), default=0)
-    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + min(staged, sum(movable.values()))
+    staged = min((AHEAD + 1) * max((movable[name] for name in waiting), default=0), sum(movable.values()))
+    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + staged
     for place, num_bytes in bytes_in.items():
         if num_bytes > limits[place]:
             raise ConfigError(
@@ -86,7 +88,8 @@ def place_weights(
             f"weights of {_gib(bytes_in[DISK])} are to wait on disk: name a directory with --offload-dir, or raise "
             "--max-memory"
         )
-    return Placement(waiting, {place: bytes_in[place] for place in limits if place != own and bytes_in[place]})
+    elsewhere = {place: bytes_in[place] for place in limits if place != own and bytes_in[place]}
+    return Placement(waiting, elsewhere, staged)
 
 
 def _num_bytes(module: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
@@ -106,7 +109,9 @@ def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:
     return free | config.memory_limits
 
 
-def _read_map(path: Path, model: nn.Module, movable: Mapping[str, int], own: str) -> dict[str, str]:
+def _read_map(
+    path: Path, model: nn.Module, movable: Mapping[str, int], limits: Mapping[str, int], own: str
+) -> dict[str, str]:
     """As a file says: module names, each with all that is under it ("" is everything), and a device."""
     try:
         content = json.loads(path.read_text())
@@ -118,8 +123,8 @@ def _read_map(path: Path, model: nn.Module, movable: Mapping[str, int], own: str
     for name, place in content.items():
         if name not in modules:
             raise ConfigError(f"{path}: {name!r} is no module: they are named as {', '.join(list(movable)[:2])}")
-        if place not in (own, "cpu", DISK) and not place.startswith("cuda:"):
-            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: must be {own}, cpu, disk or a GPU as cuda:1")
+        if place not in limits:
+            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: here are {', '.join(limits)}")
         if place != own and not any(unit == name or unit.startswith(f"{name}." if name else "") for unit in movable):
             raise ConfigError(
                 f"{path}: {name!r} cannot wait on {place}: whole layers can, and lm_head; leave it on {own}"

@@ -16,7 +16,8 @@ def private_memory(num_bytes: int) -> memoryview:
 
     In pages of 2 MiB where the system has them: fewer of them to look up, and to be given.
     """
-    return _in_large_pages(mmap.mmap(-1, num_bytes))
+    # Python's default is memory that children share, for which systems have large pages more seldom.
+    return _in_large_pages(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def shared_memory(num_bytes: int) -> tuple[memoryview, MemoryFile | None]:

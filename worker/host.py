@@ -106,6 +106,7 @@ class WorkerHost:
         await self.engine.start(self._on_progress)
         self.engine.subscribe_blocks(lambda events: self._announcer.on_blocks(events.stored, events.removed))
         self._open_tiers()
+        loading_s, weight_bytes = time.monotonic() - started, self._info.total_bytes
         self._info = replace(
             self._info, state=WorkerState.READY, facts=self.engine.facts, model=self.engine.model, loaded_bytes=0,
             total_bytes=0,
@@ -113,8 +114,9 @@ class WorkerHost:
         self._announcer.kick()
         await self.server.set_serving(True)
         log.info(
-            "%s serves %s at %s, loaded in %.1f s",
-            self.worker_id, self.engine.model.name, self.server.address, time.monotonic() - started,
+            "%s serves %s at %s: loaded %.0f MB in %.1f s, %.0f MB/s",
+            self.worker_id, self.engine.model.name, self.server.address, weight_bytes / 1e6, loading_s,
+            weight_bytes / 1e6 / loading_s,
         )  # fmt: skip
 
     def _open_tiers(self) -> None:

@@ -62,7 +62,8 @@ def _files(source: Source) -> RenderableType:
 
 def _memory(serving: Serving) -> RenderableType:
     slower = f"; not by our kernels: {serving.not_faster_because}" if serving.not_faster_because else ""
-    head = Text(f"on {serving.device} in {serving.dtype}, by {serving.computed_by}{slower}")
+    bits = f", weights in {serving.quantization}" if serving.quantization != "none" else ""
+    head = Text(f"on {serving.device} in {serving.dtype}{bits}, by {serving.computed_by}{slower}")
     ranks = plain_table(
         "rank", "in", "layers", "heads", "KV heads", "embedding", "layers", "output", "buffers", "KV cache"
     )
@@ -77,11 +78,16 @@ def _memory(serving: Serving) -> RenderableType:
     for room in serving.rooms:
         there = [rank for rank in serving.ranks if rank.room == room.name]
         rooms.add_row(
-            room.name, _or_none(room.processes), size(sum(rank.weights.total for rank in there)),
+            room.name, _or_none(room.processes), size(sum(rank.resident_weights for rank in there)),
             size(sum(rank.buffers for rank in there)), _or_none(sum(rank.kv_cache for rank in there)),
             size(room.needed), size(room.free),
         )  # fmt: skip
-    return Group(head, ranks, Text(), rooms)
+    waiting = [
+        Text(f"rank {rank.rank}: weights of {size(num_bytes)} wait on {place}, and come in ahead of need")
+        for rank in serving.ranks
+        for place, num_bytes in rank.waiting.items()
+    ]
+    return Group(head, ranks, *waiting, Text(), rooms)
 
 
 def _kv(report: ModelReport) -> RenderableType:

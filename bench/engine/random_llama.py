@@ -65,19 +65,33 @@ LLAMA_8B = llama_config(
 )
 
 
-def write_random_llama(config: ModelConfig, dtype: str, directory: Path, device: torch.device) -> Path:
-    """Draws the weights on `device` and writes them into `directory`, a file for each layer; returns the directory."""
+def write_random_llama(
+    config: ModelConfig, dtype: str, directory: Path, device: torch.device, *, num_files: int | None = None
+) -> Path:
+    """Draws the weights on `device` and writes them into `directory`; returns the directory.
+
+    Args:
+        num_files: Among which the layers are shared out; None: a file for each, and some for the rest.
+    """
     draw = torch.Generator(device).manual_seed(0)
     shapes = [(name, parameter.shape) for name, parameter in build_model(config).named_parameters()]
     weight_map: dict[str, str] = {}
-    for layer, group in itertools.groupby(shapes, key=lambda shape: _layer(shape[0])):
-        file = f"model-{layer}.safetensors"
+    for place, group in itertools.groupby(shapes, key=lambda shape: _file(shape[0], config.num_layers, num_files)):
+        file = f"model-{place}.safetensors"
         tensors = {name: _values(shape, dtype, draw) for name, shape in group}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(hf_config(config, dtype)))
     return directory
+
+
+def _file(name: str, num_layers: int, num_files: int | None) -> str:
+    layer = _layer(name)
+    if num_files is None:
+        return layer
+    number = int(layer) if layer.isdecimal() else 0 if "embed" in name else num_layers - 1
+    return f"{number * num_files // num_layers + 1}-of-{num_files}"
 
 
 def _layer(name: str) -> str:

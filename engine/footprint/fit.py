@@ -8,12 +8,14 @@ import torch
 from engine.backend import Choice, choose_way, kv_dtype, kv_layout
 from engine.config import CacheSize, EngineConfig, available_memory_bytes, cache_size
 from engine.cpu.build import BuildError, check_kernels
-from engine.footprint.ranks import RankMemory, loaded_bytes, rank_memory
+from engine.footprint.ranks import RankMemory, loaded_bytes, placement_of, rank_memory
 from engine.kv_cache import KVLayout, bytes_per_block
 from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.parallel.group import kv_share
 from engine.parallel.shard import Shard, possible_tp, shard_of
+from engine.placement import Placement
+from engine.weights.quantized import FORMATS
 from pdmesh.errors import ConfigError
 from pdmesh.ranks.config import GroupConfig
 
@@ -37,6 +39,8 @@ class Placed:
 
     Attributes:
         room: Where its weights, buffers and part of the KV cache lie.
+        placement: Which of its weights wait elsewhere.
+        resident_share: How much of them is in its room.
         block_bytes: Of a KV block, what lies in its part.
     """
 
@@ -44,7 +48,14 @@ class Placed:
     shard: Shard
     room: Room
     memory: RankMemory
+    placement: Placement
+    resident_share: float
     block_bytes: int
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of weights, in its room."""
+        return int(self.resident_share * self.memory.weights.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,8 @@ class Fit:
 
     def needed_bytes(self, room: Room) -> int:
         """Of weights, buffers and KV cache, of all ranks there."""
-        memories = [placed.memory for placed in self.ranks if placed.room == room]
-        return sum(memory.weights.total + memory.buffers_bytes for memory in memories) + self.kv_bytes(room)
+        there = [placed for placed in self.ranks if placed.room == room]
+        return sum(placed.resident_bytes + placed.memory.buffers_bytes for placed in there) + self.kv_bytes(room)
 
 
 def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fit:
@@ -91,9 +102,13 @@ def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fi
     block_bytes = bytes_per_block(model, config.block_size, kv_dtype(config, dtype))
     shards = [shard_of(model, tp=group.tp, pp=group.pp, rank=rank) for rank in group.local_ranks]
     rooms = _rooms(device, group)
-    loaded = [loaded_bytes(config, model, shard) for shard in shards]
+    whole = [loaded_bytes(config, model, shard) for shard in shards]
+    loaded = whole
+    placements = [Placement()] * len(shards)
     size, problem = None, ""
     try:
+        placements = [placement_of(config, model, shard, choice.way, device) for shard in shards]
+        loaded = [num_bytes - _moved(placement) for num_bytes, placement in zip(whole, placements, strict=True)]
         sizes = [
             _cache_size(config, group, model, shard, block_bytes, room, _in_room(room, rooms, loaded))
             for shard, room in zip(shards, rooms, strict=True)
@@ -108,9 +123,13 @@ def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fi
             shard,
             room,
             rank_memory(config, model, shard, choice.way, max_model_len),
+            placement,
+            loaded[index] / whole[index],
             block_bytes * len(shard.kv_heads) * len(shard.layers) // (model.num_kv_heads * model.num_layers),
         )
-        for rank, shard, room in zip(group.local_ranks, shards, rooms, strict=True)
+        for index, (rank, shard, room, placement) in enumerate(
+            zip(group.local_ranks, shards, rooms, placements, strict=True)
+        )
     )
     fit = Fit(config, group, choice, layout, block_bytes, ranks, size, problem)
     for room in fit.rooms:
@@ -118,6 +137,11 @@ def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fi
             needs = f"weights, buffers and KV cache take {_gb(fit.needed_bytes(room))}"
             return replace(fit, size=None, problem=f"{needs} and {_gb(room.free_bytes)} are free on {room.name}")
     return fit
+
+
+def _moved(placement: Placement) -> int:
+    """How much less of the weights is in memory than there is of them."""
+    return sum(placement.waiting_bytes.values()) - placement.staged_bytes
 
 
 def _in_room(room: Room, rooms: Sequence[Room], loaded: Sequence[int]) -> int:
@@ -169,6 +193,9 @@ def _other_configs(fit: Fit, model: ModelConfig) -> Iterator[tuple[EngineConfig,
         yield replace(config, max_model_len=None), "leave --max-model-len out"
     if config.kv_cache_dtype != "int8":
         yield replace(config, kv_cache_dtype="int8"), "--kv-cache-dtype int8"
+    if config.quantization == "none":
+        for quantization in FORMATS:
+            yield replace(config, quantization=quantization), f"--quantization {quantization}"
     for dtype, torch_dtype in DTYPES.items():
         if torch_dtype.itemsize < DTYPES[config.dtype_name].itemsize:
             yield replace(config, dtype=dtype), f"--dtype {dtype}"

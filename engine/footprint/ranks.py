@@ -24,6 +24,7 @@ from engine.models import build_model
 from engine.models.causal_lm import CausalLM
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.shard import Shard
+from engine.placement import Placement, place_weights
 from engine.runner import PROMPT_LOGITS_ROWS
 from engine.weights.quantized import FORMATS, Quantization, WeightFormat
 
@@ -64,7 +65,25 @@ class RankMemory:
 
 def loaded_bytes(config: EngineConfig, model_config: ModelConfig, shard: Shard) -> int:
     """Of a rank's parameters when they are read, before an executor takes them."""
-    return sum(parameter.nbytes for parameter in _model(config, model_config, shard).parameters())
+    model, weight_format = _model(config, model_config, shard), FORMATS.get(config.quantization)
+    return sum(num_bytes for _, num_bytes in weight_bytes(model, DTYPES[config.dtype_name], weight_format))
+
+
+def placement_of(
+    config: EngineConfig, model_config: ModelConfig, shard: Shard, way: Way, device: torch.device
+) -> Placement:
+    """Where the rank's weights will lie. Raises ConfigError where they do not fit there."""
+    if not config.offloads:
+        return Placement()
+    model = _model(config, model_config, shard)
+    return place_weights(
+        model,
+        config,
+        device,
+        DTYPES[config.dtype_name],
+        FORMATS.get(config.quantization),
+        output_waits=way is Way.CPU_KERNELS,
+    )
 
 
 def rank_memory(

@@ -5,6 +5,7 @@ Of the model's files only headers are read. The values are plain: `pdmesh model 
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -78,6 +79,8 @@ class RankUse:
 
     Attributes:
         layers: The first and the last one.
+        waiting: Of the weights, what waits elsewhere, by place.
+        resident_weights: What of them is in the room at once.
         room: "host", or torch's name of a GPU.
         buffers: What steps work in at most.
         kv_cache: Its part, all of which is in use when the cache is full.
@@ -89,6 +92,8 @@ class RankUse:
     num_heads: int
     num_kv_heads: int
     weights: WeightBytes
+    waiting: Mapping[str, int]
+    resident_weights: int
     buffers: int
     kv_cache: int
 
@@ -131,6 +136,7 @@ class Serving:
 
     device: str
     dtype: str
+    quantization: str
     computed_by: str
     not_faster_because: str
     kv_dtype: str
@@ -233,6 +239,8 @@ def _serving(fit: Fit, process_bytes: int) -> Serving:
             num_heads=len(placed.shard.heads),
             num_kv_heads=len(placed.shard.kv_heads),
             weights=placed.memory.weights,
+            waiting=dict(placed.placement.waiting_bytes),
+            resident_weights=placed.resident_bytes,
             buffers=placed.memory.buffers_bytes,
             kv_cache=(fit.size.num_blocks if fit.size else 0) * placed.block_bytes,
         )
@@ -246,6 +254,7 @@ def _serving(fit: Fit, process_bytes: int) -> Serving:
     return Serving(
         device=config.torch_device.type,
         dtype=config.dtype_name,
+        quantization=config.quantization,
         computed_by=fit.choice.way.value,
         not_faster_because=fit.choice.because,
         kv_dtype=config.kv_dtype_name,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from pdmesh.local.cluster import WorkerProcess
 
@@ -19,7 +20,13 @@ def loading_display(console: Console) -> Iterator[Callable[[list[WorkerProcess]]
     if not console.is_terminal:
         yield _Lines(console).show
         return
-    columns = (TextColumn("{task.description}"), BarColumn(32), TextColumn("{task.fields[phase]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(32),
+        TextColumn("{task.fields[phase]}"),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         yield _Bars(progress).show
 
@@ -44,17 +51,23 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._said: dict[str, str] = {}
+        # When each was first seen to load, and how much it had by then.
+        self._began: dict[str, tuple[float, int]] = {}
 
     def show(self, workers: list[WorkerProcess]) -> None:
         for worker in workers:
-            phase = _phase(worker)
+            phase, rate = _phase(worker), ""
             loaded, total = _progress(worker)
             if total and not worker.ready:
                 percent = 100 * loaded // total // _LINE_EVERY_PERCENT * _LINE_EVERY_PERCENT
                 phase = f"loading weights, {percent} % of {total / 1e6:.0f} MB"
+                now = time.monotonic()
+                began, first = self._began.setdefault(worker.worker_id, (now, loaded))
+                if loaded > first:
+                    rate = f", {(loaded - first) / 1e6 / (now - began):.0f} MB/s"
             if self._said.get(worker.worker_id) != phase:
                 self._said[worker.worker_id] = phase
-                self._console.print(f"{worker.worker_id}: {phase}")
+                self._console.print(f"{worker.worker_id}: {phase}{rate}")
 
 
 def _phase(worker: WorkerProcess) -> str:

@@ -73,6 +73,12 @@ def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[
         arguments += ["--kv-cache-bytes", str(config.kv_cache_bytes)]
     if config.max_model_len is not None:
         arguments += ["--max-model-len", str(config.max_model_len)]
+    if config.device_map is not None:
+        arguments += ["--device-map", config.device_map]
+    if config.max_memory is not None:
+        arguments += ["--max-memory", config.max_memory]
+    if config.offload_dir is not None:
+        arguments += ["--offload-dir", config.offload_dir]
     if role is Role.DECODE:
         arguments += [*_transports(config), *_hand_off(config)]
     return tuple(arguments)

@@ -45,6 +45,9 @@ class LocalConfig:
         default="auto",
         choices=("auto", "int8"),
     )
+    device_map: str | None = option("where each worker's weights lie, as a worker's own --device-map", default=None)
+    max_memory: str | None = option("most bytes of each worker's weights in each place, e.g. cpu=8GiB", default=None)
+    offload_dir: str | None = option("directory for weights that wait on disk", default=None)
     num_threads: int | None = option(
         "CPU threads of each worker, or of each rank of it; default: the cores, divided", default=None
     )

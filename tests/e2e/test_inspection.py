@@ -92,6 +92,7 @@ async def measured_bytes(model: Path, run_dir: Path, flags: tuple[str, ...], max
         pytest.param("Mixtral", _MIXTRAL, "bfloat16", (), id="mixtral", marks=pytest.mark.slow),
         pytest.param("Llama", _LLAMA, "bfloat16", ("--kernels", "torch"), id="torch", marks=pytest.mark.slow),
         pytest.param("Llama", _LLAMA, "float32", ("--kv-cache-dtype", "int8"), id="kv-int8", marks=pytest.mark.slow),
+        pytest.param("Llama", _LLAMA, "bfloat16", ("--quantization", "int8"), id="int8", marks=pytest.mark.slow),
     ],
 )
 async def test_a_worker_takes_what_was_said(
