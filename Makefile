@@ -12,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-parallel bench-tiers bench-transfer
+.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-parallel bench-precision bench-tiers bench-transfer
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ bench-handoff: .venv/.installed  ## measure what handing a prompt over costs, be
 
 bench-parallel: .venv/.installed  ## measure what a model gains by being spread over ranks
 	@$(BIN)/python -m bench.parallel $(ARGS)
+
+bench-precision: .venv/.installed  ## measure size, speed and perplexity of weights in fewer bits
+	@$(BIN)/python -m bench.precision $(ARGS)
 
 bench-transfer: .venv/.installed  ## measure every KV transport beside memcpy, a bare socket and a bare gRPC stream
 	@$(BIN)/python -m bench.transfer $(ARGS)

@@ -13,7 +13,7 @@ from engine.config import available_memory_bytes
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
-from engine.models.parallel_layers import Reduce, alone, is_quantizable
+from engine.models.parallel_layers import Reduce, alone, format_of, is_quantizable
 from engine.parallel.shard import Shard, shard_of
 from engine.weights.checkpoint import WHOLE, Checkpoint, Part, part_bytes
 from engine.weights.digest import model_digest
@@ -130,7 +130,7 @@ def load_model(
         parameter = model.get_parameter(name)
         matrix = StoredMatrix(tensor, part, DTYPES[dtype], checkpoint, progress)
         module, leaf = _owner(model, name)
-        weight_format = quantization.format if is_quantizable(module) and leaf == "weight" else None
+        weight_format = format_of(module, quantization.format) if leaf == "weight" else None
         if weight_format is not None:
             matrix.check_groups(weight_format)
         if keeps and parameter.dim() == 2:
@@ -196,10 +196,8 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, weight_format: WeightForm
     """Names and bytes of a model's parameters as `dtype`, its matrices in `weight_format` where there is one."""
     for name, parameter in model.named_parameters():
         module, leaf = _owner(model, name)
-        if weight_format is not None and is_quantizable(module) and leaf == "weight":
-            yield name, weight_format.num_bytes(*parameter.shape)
-        else:
-            yield name, parameter.numel() * dtype.itemsize
+        of_module = format_of(module, weight_format) if leaf == "weight" else None
+        yield name, parameter.numel() * dtype.itemsize if of_module is None else of_module.num_bytes(*parameter.shape)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

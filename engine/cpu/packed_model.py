@@ -16,7 +16,7 @@ from engine.models.decoder import DecoderForCausalLM
 from engine.models.decoder_layer import DecoderLayer
 from engine.models.experts import Mixture
 from engine.models.mlp import MLP
-from engine.models.parallel_layers import VocabParallelEmbedding, is_quantizable
+from engine.models.parallel_layers import VocabParallelEmbedding, format_of
 from engine.models.self_attention import SelfAttention
 from engine.weights.offload_file import FileMemory
 
@@ -180,7 +180,7 @@ def _packed_mixture(mixture: Mixture, packer: Packer) -> PackedMixture:
     ups = [_taken(*(proj for proj in (expert.gate_proj, expert.up_proj) if proj is not None))[0] for expert in experts]
     downs = [_taken(expert.down_proj)[0] for expert in experts]
     return PackedMixture(
-        router=packer.side_by_side([router], [None], exact=True),
+        router=packer.side_by_side([router], [None]),
         up=packer.stacked(ups),
         down=packer.stacked(downs),
         num_experts=len(experts),
@@ -190,7 +190,8 @@ def _packed_mixture(mixture: Mixture, packer: Packer) -> PackedMixture:
 
 
 def _packed(packer: Packer, *modules: nn.Linear | VocabParallelEmbedding) -> PackedMatrix:
-    return packer.side_by_side(*_taken(*modules), exact=not all(map(is_quantizable, modules)))
+    (weight_format,) = {format_of(module, packer.weight_format) for module in modules}
+    return packer.side_by_side(*_taken(*modules), weight_format)
 
 
 def _packed_or_none(packer: Packer, module: nn.Linear | VocabParallelEmbedding | None) -> PackedMatrix | None:

@@ -58,7 +58,7 @@ class Packer:
     Args:
         stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
         num_threads: That pack.
-        quantization: Of all matrices but those that are said to stay exact.
+        quantization: Of matrices, where nothing else is said.
     """
 
     def __init__(
@@ -87,16 +87,23 @@ class Packer:
         finally:
             self._memory = large_pages
 
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Of the model's matrices."""
+        return self._quantization.format
+
     def side_by_side(
-        self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], *, exact: bool = False
+        self,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        weight_format: WeightFormat | None = None,
     ) -> PackedMatrix:
-        """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other; `exact`: never
-        quantised."""
+        """One matrix whose outputs are those of `weights`, each [n_i, k], one after the other; quantised if said."""
         base, places = 0, []
         for weight in weights:
             places.append(base + torch.arange(len(weight)))
             base += len(weight)
-        return self._packed(base, weights, biases, places, None if exact else self._quantization.format)
+        return self._packed(base, weights, biases, places, weight_format)
 
     def interleaved(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> PackedMatrix:
         """Two matrices [n, k] whose outputs alternate by 16, so that one panel holds both factors of a product."""

@@ -14,7 +14,7 @@ from engine.model_config import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.models.decoder_layer import DecoderLayer
 from engine.models.norms import make_norm
-from engine.models.parallel_layers import ColumnParallelLinear, Reduce, VocabParallelEmbedding, weight_of
+from engine.models.parallel_layers import Reduce, VocabParallelEmbedding, VocabParallelLinear, weight_of
 from engine.models.positions import PositionEmbedding, RotaryTable
 from engine.parallel.shard import Shard
 from engine.weights.quantized import linear
@@ -27,13 +27,11 @@ class DecoderForCausalLM(CausalLM):
         super().__init__()
         layers = DecoderLayers.of(config)
         self.logit_soft_cap = layers.logit_soft_cap
-        self.lm_head: ColumnParallelLinear | None = None
+        self.lm_head: VocabParallelLinear | None = None
         with torch.device("meta"):
             self.model = Decoder(config, shard, reduce)
             if shard.last_stage and not config.tie_word_embeddings:
-                self.lm_head = ColumnParallelLinear(
-                    layers.embedding.size or config.hidden_size, shard.vocab, bias=False
-                )
+                self.lm_head = VocabParallelLinear(layers.embedding.size or config.hidden_size, shard.vocab, bias=False)
         self.requires_grad_(False)
 
     @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.weights.checkpoint import Part
-from engine.weights.quantized import QuantizedWeight, Weight, embedding, linear
+from engine.weights.quantized import VOCABULARY_FORMAT, QuantizedWeight, Weight, WeightFormat, embedding, linear
 
 
 class Reduce(Protocol):
@@ -43,6 +43,10 @@ class ColumnParallelLinear(Linear):
     def __init__(self, in_features: int, outputs: range, *, bias: bool) -> None:
         super().__init__(in_features, len(outputs), bias=bias)
         self.parts = {"weight": Part(rows=outputs), "bias": Part(rows=outputs)}
+
+
+class VocabParallelLinear(ColumnParallelLinear):
+    """The output matrix: of the logits those of some tokens."""
 
 
 class RowParallelLinear(Linear):
@@ -79,6 +83,13 @@ class VocabParallelEmbedding(nn.Module):
 def is_quantizable(module: nn.Module) -> TypeGuard[Linear | VocabParallelEmbedding]:
     """Whether a module's matrix may be a `QuantizedWeight`, its `quantized`."""
     return isinstance(module, Linear | VocabParallelEmbedding)
+
+
+def format_of(module: nn.Module, weight_format: WeightFormat | None) -> WeightFormat | None:
+    """How a module's matrix is quantised in a model whose matrices are in `weight_format`; None: not at all."""
+    if weight_format is None or not is_quantizable(module):
+        return None
+    return VOCABULARY_FORMAT if isinstance(module, VocabParallelEmbedding | VocabParallelLinear) else weight_format
 
 
 def weight_of(module: nn.Module) -> Weight:

@@ -3,7 +3,7 @@
 int8    value = scale * integer, -127 to 127; 8.5 bits a weight with the scales
 int4    value = scale * integer + minimum, 0 to 15; 5 bits a weight with scales and minima
 
-Groups, scales and minima are those of GGUF's Q8_0 and Q4_1: what was quantised so, or as Q4_0, keeps its values.
+An embedding and an output matrix are int8 either way. Groups, scales and minima are those of GGUF's Q8_0 and Q4_1: what was quantised so, or as Q4_0, keeps its values.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +36,8 @@ class WeightFormat:
 
 INT8 = WeightFormat("int8", 8, has_minima=False)
 INT4 = WeightFormat("int4", 4, has_minima=True)
+# Of a vocabulary's matrices, whatever the others': in 4 bits, SmolLM2's alone cost 6.5 % of its perplexity.
+VOCABULARY_FORMAT = INT8
 FORMATS = {weight_format.name: weight_format for weight_format in (INT8, INT4)}
 
 
@@ -139,7 +141,7 @@ class Quantization:
     """How a model's matrices are quantised as they are loaded.
 
     Attributes:
-        format: None: not at all.
+        format: Of all but a vocabulary's; None: not at all.
         quantizer: None: in plain torch.
     """
 
