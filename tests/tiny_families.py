@@ -145,7 +145,6 @@ SHAPES = {
             "hidden_size": 96,
             "num_attention_heads": 2,
             "hidden_act": "gelu_fast",
-            "initializer_range": 0.2,
             "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
         },
         seed=1,
