@@ -34,9 +34,10 @@ class LoadFigures:
 
 @dataclass(frozen=True, slots=True)
 class OffloadFigures:
-    """Attributes:
-    tokens_per_s: With some of the weights on disk.
-    bound_per_s: Of a step that takes as long as in memory, or as reading what waits if that takes longer.
+    """Of decoding with some of the weights on disk.
+
+    Attributes:
+        bound_per_s: Of a step that takes as long as in memory, or as reading what waits if that takes longer.
     """
 
     tokens_per_s: float
@@ -61,7 +62,9 @@ def load_figures(ours: Sequence[Run], theirs: Sequence[Run], weight_bytes: int) 
 def offload_figures(
     offloaded: Sequence[Run], whole: Sequence[Run], waiting_bytes: int, bandwidth: Bandwidth
 ) -> OffloadFigures:
-    """Args: waiting_bytes: That come in for each step."""
+    """Args:
+    waiting_bytes: That come in for each step.
+    """
     fastest = max(bandwidth.cached, bandwidth.direct or 0.0)
     bound = 1 / max(_median(whole, "step_s"), waiting_bytes / fastest)
     speed = 1 / _median(offloaded, "step_s")

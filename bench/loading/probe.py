@@ -15,7 +15,9 @@ _NUM_TOKENS = 24
 
 
 def ours(model: str, threads: int, options: Sequence[str]) -> dict[str, object]:
-    """Args: options: "max_memory offload_dir", or nothing."""
+    """Args:
+    options: --max-memory and --offload-dir, or nothing.
+    """
     import torch
 
     from engine.api import EngineRequest

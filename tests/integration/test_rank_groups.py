@@ -1,6 +1,7 @@
 """Ranks that compute a model together give the tokens of one rank alone, whatever happens around a request."""
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +124,19 @@ def test_kv_in_8_bits(model: Callable[[str], tuple[Path, list[Answer]]], tp: int
         assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
     else:
         assert_same(answers, expected)
+
+
+@pytest.mark.parametrize(("kernels", "tp", "pp"), [("auto", 2, 1), ("torch", 1, 2)])
+def test_weights_that_wait_on_disk(
+    model: Callable[[str], tuple[Path, list[Answer]]], tmp_path: Path, kernels: str, tp: int, pp: int
+) -> None:
+    directory, expected = model("gqa")
+    first = {"model.layers.0": "disk", "model.layers.1": "disk"} if pp == 1 else {"model.layers": "disk"}
+    (tmp_path / "map.json").write_text(json.dumps(first))
+    of = config(directory, kernels=kernels, device_map=str(tmp_path / "map.json"), offload_dir=str(tmp_path))
+    with group_of_ranks(of, tp=tp, pp=pp) as assembly:
+        answers, _ = serve(assembly.core, arrivals())
+    assert_same(answers, expected)
 
 
 @pytest.mark.parametrize(("kernels", "pp"), [("auto", 1), pytest.param("torch", 2, marks=pytest.mark.slow)])
