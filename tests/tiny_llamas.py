@@ -21,6 +21,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "mha": {"num_key_value_heads": 4},
     "mqa-tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
     "wide-heads": {"head_dim": 24},
+    "even": {"intermediate_size": 128},
     "ragged": {"intermediate_size": 90},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "rope-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},

@@ -3,7 +3,8 @@
 int8    value = scale * integer, -127 to 127; 8.5 bits a weight with the scales
 int4    value = scale * integer + minimum, 0 to 15; 5 bits a weight with scales and minima
 
-An embedding and an output matrix are int8 either way. Groups, scales and minima are those of GGUF's Q8_0 and Q4_1: what was quantised so, or as Q4_0, keeps its values.
+An embedding and an output matrix are int8 either way. Groups, scales and minima are those of GGUF's Q8_0 and Q4_1: what
+was quantised so, or as Q4_0, keeps its values.
 """
 
 from dataclasses import dataclass, replace

@@ -12,9 +12,10 @@ from engine.cpu.executor import CpuExecutor
 from engine.cpu.library import Kernels, QuantizeKernels
 from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache, KVLayout
-from engine.loader import LoadedModel
-from engine.models.parallel_layers import Linear, VocabParallelEmbedding
-from engine.weights.quantized import FORMATS, Quantization
+from engine.loader import LoadedModel, Split, load_model
+from engine.models.parallel_layers import Linear, VocabParallelEmbedding, weight_of
+from engine.weights.quantized import FORMATS, Quantization, QuantizedWeight
+from pdmesh.errors import ConfigError
 from tests.texts import Texts, assert_same_logits, load, packed_for, random_text
 from tests.tiny_families import make_tiny_family
 
@@ -129,6 +130,37 @@ def test_a_row_has_the_same_bits_in_any_company(tiny_llama: Callable[[str], Path
     for text, of_text in enumerate(tokens):
         alone = on_kernels(directory, [of_text], dtype, name, num_threads=1)
         assert torch.equal(together.logits_of(text), step_all(alone, [len(of_text)]))
+
+
+def rank(directory: Path, tp: int, number: int) -> LoadedModel:
+    split = Split(tp=tp, rank=number)
+    return load_model(
+        str(directory),
+        "float32",
+        torch.device("cpu"),
+        lambda done, total: None,
+        split,
+        quantization=quantization("int4"),
+    )
+
+
+def test_ranks_have_parts_of_the_weights_that_one_alone_has(tiny_llama: Callable[[str], Path]) -> None:
+    directory = tiny_llama("even")
+    whole = quantized(directory, "float32", "int4").model
+    parts = [rank(directory, 2, number).model for number in range(2)]
+    for name, dim in (("self_attn.q_proj", 0), ("self_attn.o_proj", 1), ("mlp.up_proj", 0), ("mlp.down_proj", 1)):
+        matrices = []
+        for model in (whole, *parts):
+            weight = weight_of(model.get_submodule(f"model.layers.1.{name}"))
+            assert isinstance(weight, QuantizedWeight)
+            matrices.append(weight.dequantized())
+        assert torch.equal(torch.cat(matrices[1:], dim=dim), matrices[0]), name
+
+
+def test_a_rank_that_would_cut_through_a_group_is_refused(tiny_llama: Callable[[str], Path]) -> None:
+    # 96 columns of an MLP, shared by two.
+    with pytest.raises(ConfigError, match=r"columns 48 to 96 of model.layers.0.mlp.down_proj.*choose another --tp"):
+        rank(tiny_llama("gqa"), 2, 1)
 
 
 def _error(actual: torch.Tensor, expected: torch.Tensor) -> float:
