@@ -12,7 +12,7 @@ stubs_in = $(foreach out,python_out= grpc_python_out= mypy_out=quiet: mypy_grpc_
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-parallel bench-precision bench-tiers bench-transfer
+.PHONY: help demo up test test-all check gen bench bench-engine bench-handoff bench-loading bench-parallel bench-precision bench-tiers bench-transfer
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench-engine: .venv/.installed  ## measure the engine beside its peers and the m
 
 bench-handoff: .venv/.installed  ## measure what handing a prompt over costs, beside the prefill worker by itself
 	@$(BIN)/python -m bench.handoff $(ARGS)
+
+bench-loading: .venv/.installed  ## measure loading, and decoding with half of the weights on disk
+	@$(BIN)/python -m bench.loading $(ARGS)
 
 bench-parallel: .venv/.installed  ## measure what a model gains by being spread over ranks
 	@$(BIN)/python -m bench.parallel $(ARGS)
