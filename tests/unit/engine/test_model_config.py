@@ -93,8 +93,8 @@ def test_generation_config_says_what_ends_a_text(config: object, generation: obj
     ("changes", "message"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "architectures is ['GPT2LMHeadModel']: must name one of the known: LlamaForCausalLM",
+            {"architectures": ["T5ForConditionalGeneration"]},
+            "architectures is ['T5ForConditionalGeneration']: must name one of the known: BloomForCausalLM",
         ),
         ({"architectures": None}, "architectures is None: must name one of the known"),
         ({"hidden_size": None}, "hidden_size is missing"),

@@ -81,7 +81,7 @@ def test_old_and_new_spelling_mean_the_same(old: dict[str, object], new: dict[st
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "longrope"}, "rope_type is 'longrope': supported are default, linear, llama3 and yarn"),
+        ({"rope_type": "longrope"}, "rope_type is 'longrope': supported are default, linear, dynamic, llama3 and yarn"),
         ({"rope_type": "linear"}, "factor is missing"),
         ({"rope_type": "linear", "factor": 0}, "factor is 0: must be a number"),
         ({"rope_type": "linear", "factor": "2"}, "factor is '2': must be a number"),
