@@ -1,9 +1,11 @@
-"""Compiles the kernels, once for a kind of processor, and keeps them: `python -m engine.cpu.build [DIRECTORY]`.
+"""Compiles the kernels, once for a kind of processor, and keeps them: `python -m engine.cpu.build [DIRECTORY | --here]`.
 
 At first use they are compiled for the processor at hand, into ~/.cache/pdmesh/kernels. Images, which do not know where
-they will run, get all kinds beforehand: the command compiles them into `engine/cpu/built`, which is looked into first.
+they will run, get all kinds beforehand: the command compiles them into `engine/cpu/built`, which is looked into first. With
+`--here` it does what the first use would do, for whoever wants that to be over.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "kernels"
 _BUILT = Path(__file__).parent / "built"
-_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -106,13 +109,22 @@ def compile_kernels(target: Target, path: Path) -> None:
     # In the target's directory, so that the last step is a rename: whoever finds the file finds all of it.
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         output = Path(directory) / path.name
-        sources = [str(source) for source in _source_files() if source.suffix == ".cpp"]
-        command = [compiler, *_FLAGS, *_WARNINGS, *target.flags, *sources, "-o", str(output)]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        if finished.returncode:
-            raise BuildError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
+        sources = [source for source in _source_files() if source.suffix == ".cpp"]
+        objects = [str(Path(directory) / f"{source.stem}.o") for source in sources]
+        compiling = [compiler, *_FLAGS, *_WARNINGS, *target.flags, "-c"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # The largest first, so that they end together.
+            pairs = sorted(zip(sources, objects, strict=True), key=lambda pair: "decoder.h" not in pair[0].read_text())
+            list(pool.map(lambda pair: _run([*compiling, str(pair[0]), "-o", pair[1]]), pairs))
+        _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(output)])
         output.replace(path)
     log.info("compiled the CPU kernels in %.1f s", time.monotonic() - began)
+
+
+def _run(command: Sequence[str]) -> None:
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise BuildError(f"{' '.join(command)} failed: {finished.stderr[-2000:]}")
 
 
 def _place(target: Target) -> Path:
@@ -154,8 +166,13 @@ def _cpu_features() -> frozenset[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    directory = Path(arguments[0]) if arguments else _BUILT
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if arguments[:1] == ["--here"]:
+        # Where there can be none, a worker says so and computes without.
+        with contextlib.suppress(BuildError):
+            kernels_path(this_target())
+        return 0
+    directory = Path(arguments[0]) if arguments else _BUILT
     # On other machines the directory stays empty: plain torch computes there.
     targets = X86_TARGETS if platform.machine() in ("x86_64", "AMD64") else ()
     try:

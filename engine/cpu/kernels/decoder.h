@@ -3,6 +3,8 @@
 // Residuals and sums are float32; what a product reads (normed rows, attention's output, activations)
 // and K and V are the weights' type.
 
+#pragma once
+
 #include <limits>
 
 #include "attention.h"
@@ -354,29 +356,3 @@ void run(const Decoder& decoder, const Step& step, const Operation* operations, 
 }
 
 }  // namespace pdmesh
-
-extern "C" {
-
-void pdmesh_run_float32(const pdmesh::Decoder* decoder, const pdmesh::Step* step, const pdmesh::Operation* operations,
-                        int64_t num_operations, int32_t num_threads) {
-  pdmesh::run<pdmesh::Float32>(*decoder, *step, operations, num_operations, num_threads);
-}
-
-void pdmesh_run_bfloat16(const pdmesh::Decoder* decoder, const pdmesh::Step* step, const pdmesh::Operation* operations,
-                         int64_t num_operations, int32_t num_threads) {
-  pdmesh::run<pdmesh::BFloat16>(*decoder, *step, operations, num_operations, num_threads);
-}
-
-// Sums values[n] over the ranks of a group; 0 if it was given up.
-int32_t pdmesh_all_reduce(pdmesh::Group* group, float* values, int64_t n) {
-  return pdmesh::all_reduce(*group, values, n);
-}
-
-// Says that `word` has come to `value`.
-void pdmesh_post(pdmesh::Word* word, uint32_t value) { word->store(value, std::memory_order_release); }
-
-// Waits for that; 0 if the group was given up meanwhile.
-int32_t pdmesh_wait(const pdmesh::Word* word, uint32_t value, const pdmesh::Word* given_up) {
-  return pdmesh::wait_for(*word, value, *given_up);
-}
-}

@@ -1,0 +1,8 @@
+// The decoder in float32. Each type is compiled by itself, side by side with the others.
+
+#include "decoder.h"
+
+extern "C" void pdmesh_run_float32(const pdmesh::Decoder* decoder, const pdmesh::Step* step,
+                                      const pdmesh::Operation* operations, int64_t num_operations, int32_t num_threads) {
+  pdmesh::run<pdmesh::Float32>(*decoder, *step, operations, num_operations, num_threads);
+}
