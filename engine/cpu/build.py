@@ -1,8 +1,8 @@
 """Compiles the kernels, once for a kind of processor, and keeps them: `python -m engine.cpu.build [DIRECTORY|--here]`.
 
-At first use they are compiled for the processor at hand, into ~/.cache/pdmesh/kernels; `--here` does so now. Images, which
-do not know where they will run, get all kinds beforehand: the command compiles them into `engine/cpu/built`, which is
-looked into first.
+At first use they are compiled for the processor at hand, into ~/.cache/pdmesh/kernels; `--here` does so now. Images,
+which do not know where they will run, get all kinds beforehand: the command compiles them into `engine/cpu/built`,
+which is looked into first.
 """
 
 import contextlib
