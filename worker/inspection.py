@@ -20,6 +20,7 @@ from engine.footprint.report import inspect_model
 from pdmesh.config import fail, option, parse
 from pdmesh.errors import ConfigError
 from pdmesh.ranks.config import GroupConfig
+from pdmesh.stdout import discard_stdout
 from worker.inspection_screen import print_report
 
 # What a worker's process takes beyond its imports, whatever the model: gRPC's server, threads, the kernels' library.
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = inspect_model(config.engine, config.group, process_bytes)
     except ConfigError as error:
         fail(error.message)
-    print_report(report, json=config.json)
+    try:
+        print_report(report, json=config.json)
+    except BrokenPipeError:
+        discard_stdout()
+        return 1
     return 0 if report.verdict.fits else 1
 
 

@@ -10,7 +10,7 @@ from bench.engine.batches import BLOCK_SIZE, plain_batch
 from engine.assembly import assemble
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.cpu.executor import CpuExecutor
+from engine.cpu.executor import CpuExecutor, step_of
 from engine.cpu.library import Kind, Operation
 from engine.executor import OneProcess
 from engine.kv_cache import KVCache
@@ -79,6 +79,6 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
     for operation in executor._segments[0].operations:
         if operation.kind == Kind.ATTEND:
             start = time.thread_time()
-            executor._run(executor._step(batch), (Operation * 1)(operation), executor._model.num_weights)
+            executor._run(step_of(batch), (Operation * 1)(operation), executor._model.num_weights)
             attention += time.thread_time() - start
     return {"attention": attention, "layers": passed - began}

@@ -12,7 +12,7 @@ from bench.engine.batches import plain_batch
 from engine.assembly import assemble
 from engine.batch import Batch
 from engine.config import EngineConfig
-from engine.cpu.executor import CpuExecutor
+from engine.cpu.executor import CpuExecutor, step_of
 from engine.cpu.library import Finish, Kind, Operation
 from engine.executor import OneProcess
 from engine.loader import load_model
@@ -62,7 +62,7 @@ def _times(executor: CpuExecutor, batch: Batch) -> dict[str, float]:
         sums: dict[str, float] = defaultdict(float)
         for operations in _runs(executor._segments[0].operations):
             began = time.perf_counter()
-            executor._run(executor._step(batch), operations, executor._model.num_weights)
+            executor._run(step_of(batch), operations, executor._model.num_weights)
             sums[_name(operations[0])] += time.perf_counter() - began
         for name, total in sums.items():
             seconds[name].append(total)

@@ -127,7 +127,7 @@ class CpuExecutor:
         self._logits = torch.empty(max_tokens, padded(len(shard.vocab)))
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        step, num_tokens, num_outputs = self._step(batch), len(batch.input_ids), int(batch.output_lens.sum())
+        step, num_tokens, num_outputs = step_of(batch), len(batch.input_ids), int(batch.output_lens.sum())
         residual = self._model.residual
         if hidden is not None:
             residual.values[:num_tokens, : residual.width] = hidden
@@ -182,21 +182,22 @@ class CpuExecutor:
     def _private_rows(self, place: int, width: int) -> Rows:
         return self._program.rows(width, torch.float32)
 
-    def _step(self, batch: Batch) -> Step:
-        """Addresses of the batch's arrays, which must live as long."""
-        return Step(
-            num_tokens=len(batch.input_ids),
-            num_sequences=len(batch.query_lens),
-            max_blocks=batch.block_tables.stride(0),
-            token_ids=batch.input_ids.data_ptr(),
-            positions=batch.positions.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
-            query_lens=batch.query_lens.ctypes.data,
-            seq_lens=batch.seq_lens.ctypes.data,
-            output_lens=batch.output_lens.ctypes.data,
-            block_tables=batch.block_tables.data_ptr(),
-        )
-
     def _run(self, step: Step, operations: "ctypes.Array[Operation]", num_weights: int) -> None:
         num_threads = self._num_threads if step.num_tokens * num_weights >= _MIN_SHARED_WORK else 1
         self._kernels.run(self._decoder, step, operations, num_threads)
+
+
+def step_of(batch: Batch) -> Step:
+    """Addresses of the batch's arrays, which must live as long."""
+    return Step(
+        num_tokens=len(batch.input_ids),
+        num_sequences=len(batch.query_lens),
+        max_blocks=batch.block_tables.stride(0),
+        token_ids=batch.input_ids.data_ptr(),
+        positions=batch.positions.data_ptr(),
+        slots=batch.slot_mapping.data_ptr(),
+        query_lens=batch.query_lens.ctypes.data,
+        seq_lens=batch.seq_lens.ctypes.data,
+        output_lens=batch.output_lens.ctypes.data,
+        block_tables=batch.block_tables.data_ptr(),
+    )

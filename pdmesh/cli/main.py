@@ -5,12 +5,12 @@ Exit codes: 0 done, 1 failed, 2 something a person must mend first, 130 interrup
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 from pdmesh import __version__
 from pdmesh.errors import ConfigError, InvalidRequestError, MeshError
+from pdmesh.stdout import discard_stdout
 
 # Each is a module of this package with `main(argv) -> exit code`.
 _COMMANDS = {
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has enough. Nothing more may be written there, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         return 1
 
 

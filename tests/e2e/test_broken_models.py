@@ -126,3 +126,12 @@ def test_no_leave_to_read(tiny_model: Path, tmp_path: Path) -> None:
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"pdmesh: {refused}")
         assert "ermission" in line
+
+
+def test_whoever_has_read_enough_of_what_inspect_says(tiny_model: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        command = [sys.executable, "-m", "pdmesh.cli.main", "model", "inspect", str(tiny_model), "--json"]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -12,6 +12,7 @@ from engine.attention import Scores
 from engine.batch import Batch
 from engine.cpu.angles import Angles
 from engine.cpu.build import BuildError, kernels_path, this_target
+from engine.cpu.executor import step_of
 from engine.cpu.library import Activation, Decoder, Finish, Kernels, Step
 from engine.cpu.packing import PACK, PackedMatrix, Packer
 from engine.cpu.program import Program, RowNorm, Rows
@@ -176,18 +177,8 @@ class Heads:
             head_stride=head_stride,
             layer_stride=layer_stride,
         )
-        step = Step(
-            num_tokens=len(batch.input_ids),
-            num_sequences=len(batch.query_lens),
-            max_blocks=batch.block_tables.stride(0),
-            token_ids=batch.input_ids.data_ptr(),
-            positions=batch.positions.data_ptr(),
-            slots=batch.slot_mapping.data_ptr(),
-            query_lens=batch.query_lens.ctypes.data,
-            seq_lens=batch.seq_lens.ctypes.data,
-            output_lens=batch.query_lens.ctypes.data,
-            block_tables=batch.block_tables.data_ptr(),
-        )
+        step = step_of(batch)
+        step.output_lens = batch.query_lens.ctypes.data
         operations = trial.program.compile()
         trial.kernels.run(decoder, step, operations, NUM_THREADS)
 

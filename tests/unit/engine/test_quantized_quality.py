@@ -25,11 +25,12 @@ pytestmark = [
 NUM_TOKENS = 32
 
 
-def core(dtype: str, quantization: str = "none") -> EngineCore:
+def core(dtype: str, quantization: str = "none", kv_cache_dtype: str = "auto") -> EngineCore:
     config = EngineConfig(
         model=str(smollm2()),
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         device="cpu",
         num_threads=2,
         max_model_len=2048,
@@ -49,6 +50,8 @@ def test_perplexity_stays_within_bounds(directory: Path) -> None:
     assert exact == pytest.approx(transformers_perplexity(directory, token_ids, num_threads=2), rel=1e-3)
     assert perplexity(core("bfloat16", "int8"), token_ids) == pytest.approx(exact, rel=0.01)
     assert perplexity(core("bfloat16", "int4"), token_ids) == pytest.approx(exact, rel=0.06)
+    for dtype in ("float32", "bfloat16"):
+        assert perplexity(core(dtype, kv_cache_dtype="int8"), token_ids) == pytest.approx(exact, rel=0.005)
 
 
 def prompts() -> list[str]:
