@@ -157,7 +157,8 @@ def place_model(
     if offload_dir is not None and placement.waiting:
         file = OffloadFile(offload_dir, sum(placement.waiting_bytes.values()))
         waiting = {name: FileMemory(file) for name in placement.waiting}
-    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads(), quantization)
+    maps = config.maps_weights(loaded.model_bytes)
+    packer = Packer(Kernels(kernels, loaded.dtype), loaded.stored, torch.get_num_threads(), quantization, maps=maps)
     packed = pack_model(loaded.model, loaded.config, packer, waiting)
     loaded.fill(device)
     return packed

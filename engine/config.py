@@ -21,6 +21,9 @@ _MAX_CUDA_SHARE = 0.85
 # The place of weights that wait in a file.
 DISK = "disk"
 
+# Models of so many bytes of weights are not packed unless somebody asks: that takes seconds, and memory of their own.
+_MAPPED_BYTES = 1 << 30
+
 _DEVICE_MAPS = ("auto", "balanced", "sequential")
 _MAX_MEMORY = re.compile(r"(cpu|disk|cuda:\d+)=(\d+(?:\.\d+)?)([KMGT]i?B|B)?")
 _UNIT_BYTES = {"": 1, "B": 1} | {
@@ -48,6 +51,12 @@ class EngineConfig:
         "weights in fewer bits: int8 (8.5 with scales) or int4 (5), of all matrices; activations and KV stay dtype",
         default="none",
         choices=("none", "int8", "int4"),
+    )
+    weights: str = option(
+        "mapped: the CPU kernels read them where they lie in their files, which workers of a host share, if these hold "
+        "the dtype; packed: copied into an order that they read faster; auto: mapped from 1 GiB on",
+        default="auto",
+        choices=("auto", "mapped", "packed"),
     )
     device: str = option("where it computes", default="auto", choices=("auto", "cpu", "cuda"))
     block_size: int = option("tokens in a KV block", default=16)
@@ -126,6 +135,10 @@ class EngineConfig:
         """Whether weights may lie elsewhere than with what computes."""
         return self.device_map is not None or self.max_memory is not None
 
+    def maps_weights(self, num_bytes: int) -> bool:
+        """`weights`, decided for a model of so many bytes."""
+        return num_bytes >= _MAPPED_BYTES if self.weights == "auto" else self.weights == "mapped"
+
     @property
     def memory_limits(self) -> dict[str, int]:
         """`max_memory`, in bytes. Raises ConfigError where it is not readable."""
@@ -200,14 +213,18 @@ def cache_size(config: EngineConfig, block_bytes: int, model_max_len: int, avail
     return CacheSize(num_blocks, min(max_len, capacity))
 
 
-def available_memory_bytes(device: "torch.device") -> int:
-    """Free memory on `device`; for the host, also within this container's limit."""
+def available_memory_bytes(device: "torch.device", mapped_bytes: int = 0) -> int:
+    """Free memory on `device`; for the host, also within this container's limit.
+
+    Args:
+        mapped_bytes: Of files that are to stay in the host's memory.
+    """
     if device.type == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return available_host_bytes()
+    return available_host_bytes(mapped_bytes)
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from engine.api import EngineStatus
 from engine.outputs import StepOutput, StepOutputs
-from engine.parallel.exchange import GroupDownError
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.step import StepPlan
-from pdmesh.errors import InternalError, MeshError
+from pdmesh.errors import InternalError, MeshError, UnavailableError
 from pdmesh.hashing import BlockHash
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class EngineCore:
     def execute(self, plan: StepPlan, meanwhile: Callable[[], None] = lambda: None) -> StepOutputs:
         """Runs what the scheduler just planned. A failure ends the requests of this step, and only those.
 
-        Raises GroupDownError where a rank is lost: then no further step can be run.
+        Raises UnavailableError where no further step can be run: a rank is lost, or weights were overwritten.
 
         Args:
             meanwhile: Called once, also for an empty plan, when the next thing to come is the model's work: other
@@ -72,7 +71,7 @@ class EngineCore:
             result = self._runner.run(plan, batch)
             self.scheduler.record_duration(plan.num_tokens, self._clock() - start)
             return self.scheduler.update(plan, result)
-        except GroupDownError:
+        except UnavailableError:
             raise
         except Exception as error:
             return self._failed(plan, error)

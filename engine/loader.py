@@ -51,6 +51,7 @@ class LoadedModel:
         digest: What tells the model apart: 64 hex digits.
         dtype: What it computes in.
         num_bytes: Of the parameters, before an executor takes them.
+        model_bytes: Of those of the whole model, likewise.
         stored: The parameters that have no values yet. Whoever packs one takes it out.
     """
 
@@ -60,6 +61,7 @@ class LoadedModel:
     shard: Shard
     dtype: torch.dtype
     num_bytes: int
+    model_bytes: int
     stored: dict[torch.Tensor, StoredMatrix] = field(default_factory=dict)
 
     @property
@@ -110,9 +112,12 @@ def load_model(
         raise ConfigError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
     shard = shard_of(checkpoint.config, tp=split.tp, pp=split.pp, rank=split.rank)
-    places = check_tensors(checkpoint)
-    model = build_model(checkpoint.config, shard, split.reduce)
-    num_bytes = sum(num for _, num in weight_bytes(model, DTYPES[dtype], quantization.format))
+    whole = build_model(checkpoint.config)
+    places = check_tensors(checkpoint, whole)
+    model = whole if split.tp == split.pp == 1 else build_model(checkpoint.config, shard, split.reduce)
+    num_bytes, model_bytes = (
+        sum(num for _, num in weight_bytes(each, DTYPES[dtype], quantization.format)) for each in (model, whole)
+    )
     held = _held(model, places)
     # In the order in which reading is fastest.
     wanted = [
@@ -142,16 +147,11 @@ def load_model(
         else:
             _assign(model, name, matrix.read().to(device))
             matrix.done()
-    loaded = LoadedModel(model, checkpoint.config, model_digest(checkpoint), shard, DTYPES[dtype], num_bytes, stored)
+    digest = model_digest(checkpoint)
+    loaded = LoadedModel(model, checkpoint.config, digest, shard, DTYPES[dtype], num_bytes, model_bytes, stored)
     if not keeps:
         loaded.fill(device)
     return loaded
-
-
-def _places(checkpoint: Checkpoint) -> TensorPlaces:
-    """Where the whole model's tensors lie."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in build_model(checkpoint.config).named_parameters()}
-    return TensorPlaces(checkpoint.names, shapes, checkpoint.config.head_dim, checkpoint.tensors)
 
 
 def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, Part]]]:
@@ -165,12 +165,13 @@ def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, P
     return held
 
 
-def check_tensors(checkpoint: Checkpoint) -> TensorPlaces:
+def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> TensorPlaces:
     """Where the whole model's tensors lie.
 
     Raises ConfigError where a parameter has no tensor, a tensor no place, or shapes differ.
     """
-    places = _places(checkpoint)
+    of_parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    places = TensorPlaces(checkpoint.names, of_parameters, checkpoint.config.head_dim, checkpoint.tensors)
     shapes = places.stored_shapes()
     files = ", ".join(str(file) for file in checkpoint.files[:3]) + (", …" if len(checkpoint.files) > 3 else "")
     for name in shapes:
@@ -194,10 +195,11 @@ def check_tensors(checkpoint: Checkpoint) -> TensorPlaces:
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> Iterator[tuple[str, int]]:
     """Names and bytes of a model's parameters as `dtype`, its matrices in `weight_format` where there is one."""
-    for name, parameter in model.named_parameters():
-        module, leaf = _owner(model, name)
-        of_module = format_of(module, weight_format) if leaf == "weight" else None
-        yield name, parameter.numel() * dtype.itemsize if of_module is None else of_module.num_bytes(*parameter.shape)
+    for owner, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(owner, recurse=False):
+            of_module = format_of(module, weight_format) if leaf.endswith("weight") else None
+            num_bytes = None if of_module is None else of_module.num_bytes(*parameter.shape)
+            yield leaf, parameter.numel() * dtype.itemsize if num_bytes is None else num_bytes
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -56,32 +56,34 @@ def place_weights(
 
     Raises ConfigError where they do not fit, with what would.
     """
-    sizes = {name: _num_bytes(module, dtype, weight_format) for name, module in model.named_modules()}
-    movable = {name: sizes[name] for name, module in model.named_modules() if isinstance(module, DecoderLayer)}
-    if output_waits and "lm_head" in sizes:
-        movable["lm_head"] = sizes["lm_head"]
+    total_bytes = _num_bytes(model, dtype, weight_format)
+    movable = {
+        name: _num_bytes(module, dtype, weight_format)
+        for name, module in model.named_modules()
+        if isinstance(module, DecoderLayer) or (output_waits and name == "lm_head")
+    }
     limits = _limits(config, device)
     own = device.type if device.type == "cpu" else str(torch.device(device.type, device.index or 0))
     if config.device_map is not None and config.device_map.endswith(".json"):
         waiting = _read_map(Path(config.device_map), model, movable, limits, own)
-    elif sizes[""] <= limits[own]:
+    elif total_bytes <= limits[own]:
         waiting = {}
     else:
         waiting = _inferred(model, config, dtype, movable, limits, own)
     if waiting and weight_format is not None:
         raise ConfigError(
-            f"weights in {weight_format.name} take {_gib(sizes[''])} on {own} and do not wait elsewhere: free so much "
-            "there and raise --max-memory, or use --quantization none"
+            f"weights in {weight_format.name} take {_gib(total_bytes)} on {own} and do not wait elsewhere: free so "
+            "much there and raise --max-memory, or use --quantization none"
         )
     bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
     staged = min((AHEAD + 1) * max((movable[name] for name in waiting), default=0), sum(movable.values()))
-    bytes_in[own] = sizes[""] - sum(movable[name] for name in waiting) + staged
+    bytes_in[own] = total_bytes - sum(movable[name] for name in waiting) + staged
     for place, num_bytes in bytes_in.items():
         if num_bytes > limits[place]:
             raise ConfigError(
                 f"weights would take {_gib(num_bytes)} on {place} and may take {_gib(limits[place])} there: raise "
-                f"--max-memory, or have more of them wait elsewhere (--device-map); in all they are {_gib(sizes[''])}, "
-                f"and of layers that come in, {AHEAD + 1} are there at once"
+                f"--max-memory, or have more of them wait elsewhere (--device-map); in all they are "
+                f"{_gib(total_bytes)}, and of layers that come in, {AHEAD + 1} are there at once"
             )
     if bytes_in.get(DISK) and config.offload_dir is None:
         raise ConfigError(

@@ -6,9 +6,15 @@ from pathlib import Path
 _UNTOLD_BYTES = 4 << 30
 
 
-def available_host_bytes() -> int:
-    """Free memory of the host, within this container's limit."""
-    return min(_machine_free_bytes(Path("/proc/meminfo")), _cgroup_free_bytes(Path("/sys/fs/cgroup")))
+def available_host_bytes(mapped_bytes: int = 0) -> int:
+    """Free memory of the host, within this container's limit.
+
+    Args:
+        mapped_bytes: Of files that are to stay in memory. The host calls them free: it can read them again. What a
+            container has used contains them.
+    """
+    free = _machine_free_bytes(Path("/proc/meminfo")) - mapped_bytes
+    return max(0, min(free, _cgroup_free_bytes(Path("/sys/fs/cgroup"))))
 
 
 def _machine_free_bytes(meminfo: Path) -> int:

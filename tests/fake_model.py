@@ -98,4 +98,6 @@ class FakeLoader:
         quantization: Quantization = UNQUANTIZED,
     ) -> LoadedModel:
         on_progress(1, 1)
-        return LoadedModel(self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG), torch.float32, num_bytes=0)
+        return LoadedModel(
+            self._model, FAKE_CONFIG, "0" * 64, shard_of(FAKE_CONFIG), torch.float32, num_bytes=0, model_bytes=0
+        )

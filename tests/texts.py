@@ -40,11 +40,18 @@ def load(
 
 
 def packed_for(
-    loaded: LoadedModel, kernels: Kernels, num_threads: int = 2, quantization: Quantization = UNQUANTIZED
+    loaded: LoadedModel,
+    kernels: Kernels,
+    num_threads: int = 2,
+    quantization: Quantization = UNQUANTIZED,
+    *,
+    maps: bool = False,
 ) -> PackedModel:
-    """The matrices of a model that is loaded with `stored`, for the CPU kernels."""
+    """The matrices of a model that is loaded with `stored`, for the CPU kernels; with `maps`, those that lie ready in
+    their file stay there."""
     assert isinstance(loaded.model, DecoderForCausalLM)
-    packed = pack_model(loaded.model, loaded.config, Packer(kernels, loaded.stored, num_threads, quantization))
+    packer = Packer(kernels, loaded.stored, num_threads, quantization, maps=maps)
+    packed = pack_model(loaded.model, loaded.config, packer)
     loaded.fill(CPU)
     return packed
 

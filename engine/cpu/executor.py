@@ -108,6 +108,8 @@ class CpuExecutor:
         self._waiting = {name: unit for unit, name in enumerate(packed.waiting)}
         self._pages = PagesAhead(list(packed.waiting.values())) if packed.waiting else None
         self._layers = shard.layers
+        # In which matrices lie, mapped as long as this lives.
+        self._files = packed.files
         # Its memory is used by address.
         self._kv_cache = kv_cache
         block_stride, head_stride, layer_stride = kv_cache.data.stride()[:3]
@@ -139,6 +141,7 @@ class CpuExecutor:
             if partial is not None and (num_rows := num_outputs if partial.outputs_only else num_tokens):
                 assert self._sum_between is not None
                 self._sum_between(partial.values[:num_rows])
+        self._check_files()
         output = self._model.hidden
         return output.values[: num_tokens if self._model.lm_head is None else num_outputs, : output.width]
 
@@ -172,7 +175,13 @@ class CpuExecutor:
             )
             operations = (Operation * 2)(project, cap)
         self._run(Step(num_tokens=num_rows), operations, lm_head.num_weights)
+        self._check_files()
         return logits
+
+    def _check_files(self) -> None:
+        """After what was computed: whoever wrote to a file before its weights were read has left a trace by now."""
+        for file in self._files:
+            file.check_unchanged()
 
     def _enter(self, module: str) -> None:
         """Waits until the weights are in memory."""

@@ -74,11 +74,12 @@ class ScoreRule(ctypes.Structure):
 
 
 class Format(IntEnum):
-    """Of a packed matrix: that of the activations, or fewer bits."""
+    """Of a matrix: packed values of the activations' type, fewer bits, or the addresses of its rows."""
 
     ELEMENT = 0
     INT8 = 1
     INT4 = 2
+    ROWS = 3
 
 
 class Operation(ctypes.Structure):
@@ -225,6 +226,9 @@ class Kernels:
         self._pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._pack.argtypes += [ctypes.c_void_p, ctypes.c_int32]
         self._pack.restype = ctypes.c_int64
+        self._check_rows = library[f"pdmesh_check_rows_{name}"]
+        self._check_rows.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int32]
+        self._check_rows.restype = ctypes.c_int64
         self._pack_quantized = {name: library[f"pdmesh_pack_{name}"] for name in FORMATS}
         for pack in self._pack_quantized.values():
             pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3]
@@ -256,8 +260,14 @@ class Kernels:
             offset, row_bytes = source.data_ptr(), source.stride(0) * source.itemsize
             place = Source(-1, _ENCODINGS[source.dtype], offset, row_bytes)
         else:
-            place = Source(source.descriptor, _ENCODINGS[source.dtype], source.offset, source.row_bytes)
+            place = Source(source.file.descriptor, _ENCODINGS[source.dtype], source.offset, source.row_bytes)
         status: int = self._pack(packed.data_ptr(), k, rows.data_ptr(), len(rows), ctypes.addressof(place), num_threads)
+        return status
+
+    def check_rows(self, address: int, num_rows: int, row_bytes: int, k: int, num_threads: int) -> int:
+        """Brings rows of k values of the kernels' dtype, in a mapped file, into memory, and says, as `pack` does,
+        whether they can be computed with."""
+        status: int = self._check_rows(address, num_rows, row_bytes, k, num_threads)
         return status
 
     def pack_quantized(self, packed: torch.Tensor, rows: torch.Tensor, source: QuantizedWeight) -> None:

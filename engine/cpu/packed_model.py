@@ -1,4 +1,4 @@
-"""A model's matrices in the order in which the kernels read them."""
+"""A model's matrices as the kernels read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from engine.models.mlp import MLP
 from engine.models.parallel_layers import VocabParallelEmbedding, format_of
 from engine.models.self_attention import SelfAttention
 from engine.weights.offload_file import FileMemory
+from engine.weights.weight_file import WeightFile
 
 _NOTHING: Final[Mapping[str, FileMemory]] = MappingProxyType({})
 
@@ -35,8 +36,8 @@ class PackedMlp:
         return self.up.num_weights + self.down.num_weights
 
     @property
-    def num_bytes(self) -> int:
-        return self.up.num_bytes + self.down.num_bytes
+    def matrices(self) -> tuple[PackedMatrix, ...]:
+        return self.up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class PackedMixture:
         return self.router.num_weights + of_experts * self.num_chosen // self.num_experts
 
     @property
-    def num_bytes(self) -> int:
-        return self.router.num_bytes + self.up.num_bytes + self.down.num_bytes
+    def matrices(self) -> tuple[PackedMatrix, ...]:
+        return self.router, self.up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,8 @@ class PackedLayer:
         return self.qkv.num_weights + self.output.num_weights + self.mlp.num_weights
 
     @property
-    def num_bytes(self) -> int:
-        """Of its matrices in memory."""
-        return self.qkv.num_bytes + self.output.num_bytes + self.mlp.num_bytes
+    def matrices(self) -> tuple[PackedMatrix, ...]:
+        return self.qkv, self.output, *self.mlp.matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,25 @@ class PackedModel:
     project_out: PackedMatrix | None
     lm_head: PackedMatrix | None
     waiting: Mapping[str, tuple[memoryview, ...]] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> tuple[PackedMatrix, ...]:
+        """All of them, each once."""
+        of_layers = [matrix for layer in self.layers for matrix in layer.matrices]
+        output = None if self.lm_head is self.embedding else self.lm_head
+        others = (self.embedding, self.project_in, self.project_out, output)
+        return (*of_layers, *(matrix for matrix in others if matrix is not None))
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        """That the kernels read."""
+        return tuple(dict.fromkeys(file for matrix in self.matrices for file in matrix.files))
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of matrices that lie in these files and are to stay in memory."""
+        waiting_bytes = sum(len(piece) for pieces in self.waiting.values() for piece in pieces)
+        return max(0, sum(matrix.mapped_bytes for matrix in self.matrices) - waiting_bytes)
 
 
 def pack_model(

@@ -1,17 +1,20 @@
-"""Weights in the order in which the kernels read them."""
+"""Weights as the kernels read them: packed, or where they lie."""
 
 import os
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from engine.cpu.library import Format, Kernels, PackStatus
+from engine.cpu.rows_in_place import MappedRows, address_rows, rows_in_place
 from engine.weights.checkpoint import FileRows
 from engine.weights.offload_file import FileMemory
 from engine.weights.quantized import UNQUANTIZED, Quantization, WeightFormat, quantize
 from engine.weights.stored import StoredMatrix
+from engine.weights.weight_file import WeightFile
 from pdmesh.kv_memory import private_memory
 
 # kernels/matrix.h: kPanel.
@@ -29,10 +32,13 @@ def padded(size: int, multiple: int = PANEL) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """Of a linear map with n outputs and k inputs: its packed values, and its bias, in float32, padded to panels.
+    """Of a linear map with n outputs and k inputs: its values, and its bias, in float32, padded to panels.
 
     Attributes:
-        values: Of the kernels' dtype; bytes where they are quantised, scales among them.
+        values: Packed, of the kernels' dtype; bytes where they are quantised, scales among them; or the addresses of
+            rows that lie in mapped files.
+        files: In which they lie.
+        mapped_bytes: Of these rows.
     """
 
     n: int
@@ -40,6 +46,8 @@ class PackedMatrix:
     values: torch.Tensor
     bias: torch.Tensor
     format: Format = Format.ELEMENT
+    files: tuple[WeightFile, ...] = ()
+    mapped_bytes: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -47,8 +55,8 @@ class PackedMatrix:
 
     @property
     def num_bytes(self) -> int:
-        """That it takes in memory."""
-        return self.values.nbytes + self.bias.nbytes
+        """That it takes in memory, the system's cache of files among it."""
+        return self.values.nbytes + self.bias.nbytes + self.mapped_bytes
 
 
 class Packer:
@@ -59,6 +67,7 @@ class Packer:
         stored: Where those lie that have no values; see `LoadedModel.stored`. It loses those that are packed.
         num_threads: That pack.
         quantization: Of matrices, where nothing else is said.
+        maps: Matrices that lie ready in their files are read there.
     """
 
     def __init__(
@@ -67,11 +76,14 @@ class Packer:
         stored: MutableMapping[torch.Tensor, StoredMatrix],
         num_threads: int,
         quantization: Quantization = UNQUANTIZED,
+        *,
+        maps: bool = False,
     ) -> None:
         self._kernels = kernels
         self._stored = stored
         self._num_threads = num_threads
         self._quantization = quantization
+        self._maps = maps
         self._memory: _LargePages | FileMemory = _LargePages()
 
     @contextmanager
@@ -114,16 +126,13 @@ class Packer:
     def stacked(self, experts: Sequence[Sequence[torch.Tensor]]) -> PackedMatrix:
         """One matrix of all experts' outputs, expert by expert: of one matrix [n, k] each, padded to panels, or of
         two, `interleaved`. The bias is that of any expert: zeros."""
-        (n, k), num_parts = experts[0][0].shape, len(experts[0])
+        n, num_parts = len(experts[0][0]), len(experts[0])
         size = padded(n) if num_parts == 1 else 2 * padded(n, _HALF)
-        weight_format = self._quantization.format
-        values = self._zeros(len(experts) * size, experts[0][0], weight_format)
         outputs = torch.arange(n)
         within = outputs if num_parts == 1 else _alternating(outputs)
-        for expert, weights in enumerate(experts):
-            for place, weight in enumerate(weights):
-                self._pack(values, expert * size + place * _HALF + within, weight, weight_format)
-        return PackedMatrix(len(experts) * size, k, values, torch.zeros(size), _format(weight_format))
+        weights = [weight for expert in experts for weight in expert]
+        places = [expert * size + part * _HALF + within for expert in range(len(experts)) for part in range(num_parts)]
+        return self._matrix(len(experts) * size, weights, torch.zeros(size), places, self._quantization.format)
 
     def rotary(
         self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], head_dim: int, rotary_dim: int
@@ -131,15 +140,8 @@ class Packer:
         """q, k and v in one matrix: of each head of q and k the halves alternate by 16, so that one panel holds what
         turns together; kernels/attention.h, Projection. The first `rotary_dim` dimensions turn."""
         q, k, v = weights
-        in_head = _places_in_head(head_dim, rotary_dim)
-        head_columns = 2 * padded(head_dim // 2, _HALF)
-        base, places = 0, []
-        for weight in (q, k):
-            heads = base + head_columns * torch.arange(len(weight) // head_dim)
-            places.append((heads[:, None] + in_head).flatten())
-            base += head_columns * len(heads)
-        places.append(base + torch.arange(len(v)))
-        return self._packed(base + len(v), weights, biases, places, self._quantization.format)
+        n, places = _rotary_places(len(q), len(k), len(v), head_dim, rotary_dim)
+        return self._packed(n, weights, biases, places, self._quantization.format)
 
     @staticmethod
     def head_scales(scales: Sequence[torch.Tensor], rotary_dim: int) -> torch.Tensor:
@@ -159,12 +161,48 @@ class Packer:
         weight_format: WeightFormat | None,
     ) -> PackedMatrix:
         """The matrix whose outputs `places` are those of `weights`, and all others zero."""
-        values, packed_bias = self._zeros(n, weights[0], weight_format), torch.zeros(padded(n))
-        for weight, bias, outputs in zip(weights, biases, places, strict=True):
-            self._pack(values, outputs, weight, weight_format)
+        packed_bias = torch.zeros(padded(n))
+        for bias, outputs in zip(biases, places, strict=True):
             if bias is not None:
                 packed_bias[outputs] = bias.float()
-        return PackedMatrix(n, weights[0].shape[1], values, packed_bias, _format(weight_format))
+        return self._matrix(n, weights, packed_bias, places, weight_format)
+
+    def _matrix(
+        self,
+        n: int,
+        weights: Sequence[torch.Tensor],
+        bias: torch.Tensor,
+        places: Sequence[torch.Tensor],
+        weight_format: WeightFormat | None,
+    ) -> PackedMatrix:
+        """As `_packed`; where all weights lie ready in mapped files, by the addresses of their rows."""
+        k = weights[0].shape[1]
+        if in_place := self._in_place(weights, weight_format):
+            row_bytes = k * self._kernels.dtype.itemsize
+            table = address_rows(padded(n), row_bytes, in_place, places)
+            files = tuple(dict.fromkeys(rows.file for rows in in_place))
+            return PackedMatrix(n, k, table, bias, Format.ROWS, files, sum(map(len, weights)) * row_bytes)
+        values = self._zeros(n, weights[0], weight_format)
+        for weight, outputs in zip(weights, places, strict=True):
+            self._pack(values, outputs, weight, weight_format)
+        return PackedMatrix(n, k, values, bias, _format(weight_format))
+
+    def _in_place(self, weights: Sequence[torch.Tensor], weight_format: WeightFormat | None) -> list[MappedRows]:
+        """The rows of all these, if they are to be read where they lie, and lie ready. Raises ConfigError."""
+        if not self._maps or weight_format is not None or not all(weight in self._stored for weight in weights):
+            return []
+        lying = [rows_in_place(self._stored[weight], self._kernels.dtype) for weight in weights]
+        if None in lying:
+            return []
+        mapped = []
+        for weight, rows in zip(weights, lying, strict=True):
+            assert rows is not None
+            mapped.append(MappedRows(self._stored.pop(weight), rows, weight.shape[1]))
+            mapped[-1].check(self._kernels, self._num_threads)
+            if isinstance(self._memory, FileMemory):
+                for pages in mapped[-1].pages:
+                    self._memory.add_mapped(pages)
+        return mapped
 
     def _pack(
         self, values: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, weight_format: WeightFormat | None
@@ -246,6 +284,21 @@ def _row_numbers(source: torch.Tensor | FileRows) -> torch.Tensor:
 def _alternating(outputs: torch.Tensor) -> torch.Tensor:
     """Where these come to lie if every 16 of them are followed by as many of another matrix'."""
     return outputs // _HALF * PANEL + outputs % _HALF
+
+
+# Layers are alike.
+@cache
+def _rotary_places(
+    num_q: int, num_k: int, num_v: int, head_dim: int, rotary_dim: int
+) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """How many outputs a rotary matrix has, and which of them those of q, k and v are."""
+    in_head, head_columns = _places_in_head(head_dim, rotary_dim), 2 * padded(head_dim // 2, _HALF)
+    base, places = 0, []
+    for num_outputs in (num_q, num_k):
+        heads = base + head_columns * torch.arange(num_outputs // head_dim)
+        places.append((heads[:, None] + in_head).flatten())
+        base += head_columns * len(heads)
+    return base + num_v, (*places, base + torch.arange(num_v))
 
 
 def _places_in_head(head_dim: int, rotary_dim: int) -> torch.Tensor:

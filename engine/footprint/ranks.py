@@ -141,7 +141,11 @@ def _on_cpu_kernels(
 
     int8_kv = config.kv_cache_dtype == "int8"
     lower_decoder(model.model, layers, packed, probe, angles, program, partial_rows, int8_kv=int8_kv)
-    of_layers = sum(len(of_kind) * packed.layers[of_kind[0] - probe.layers.start].num_bytes for of_kind in kinds)
+    of_layers = sum(
+        len(of_kind) * matrix.num_bytes
+        for of_kind in kinds
+        for matrix in packed.layers[of_kind[0] - probe.layers.start].matrices
+    )
     weights = WeightBytes(
         embedding=sum(matrix.num_bytes for matrix in (packed.embedding, packed.project_in) if matrix),
         # With what the kernels read of the model itself: norms and learned positions.

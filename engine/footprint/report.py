@@ -13,6 +13,7 @@ from engine.footprint.fit import Fit, find_fit, remedies
 from engine.footprint.ranks import WeightBytes
 from engine.loader import check_tensors
 from engine.model_config import ModelConfig
+from engine.models import build_model
 from engine.parallel.shard import possible_tp
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.source import open_checkpoint
@@ -189,7 +190,7 @@ def inspect_model(config: EngineConfig, group: GroupConfig, process_bytes: int) 
         ConfigError: where the checkpoint is broken, or cannot be split so.
     """
     checkpoint = open_checkpoint(config.model)
-    check_tensors(checkpoint)
+    check_tensors(checkpoint, build_model(checkpoint.config))
     model = checkpoint.config
     fit = find_fit(config, group, model)
     return ModelReport(_identity(checkpoint), _source(checkpoint), _serving(fit, process_bytes), _verdict(fit, model))

@@ -10,6 +10,7 @@ import torch
 
 from engine.model_config import ModelConfig
 from engine.weights.tensor_names import TensorNames
+from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
 
 
@@ -88,24 +89,23 @@ class FileRows:
     """A part of a matrix as it lies in an open file: plain values in the machine's byte order.
 
     Attributes:
-        descriptor: Of the file; valid while the checkpoint lives.
         offset: Of the part's first column in the matrix' first row, in bytes.
         row_bytes: From one row to the next.
         runs: The part's rows, counted from the matrix' first.
     """
 
-    descriptor: int
+    file: WeightFile
     dtype: torch.dtype
     offset: int
     row_bytes: int
     runs: tuple[range, ...]
 
     @staticmethod
-    def of(tensor: StoredTensor, part: Part, dtype: torch.dtype, descriptor: int, offset: int) -> "FileRows":
+    def of(tensor: StoredTensor, part: Part, dtype: torch.dtype, file: WeightFile, offset: int) -> "FileRows":
         """Of a matrix that begins at `offset`. No part of its transpose."""
         first_column = part.columns_of(tensor.shape).start * dtype.itemsize
         row_bytes = tensor.shape[1] * dtype.itemsize
-        return FileRows(descriptor, dtype, offset + first_column, row_bytes, part.runs_of(tensor.shape))
+        return FileRows(file, dtype, offset + first_column, row_bytes, part.runs_of(tensor.shape))
 
 
 def _within(wanted: range | None, size: int) -> range:

@@ -4,9 +4,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
-import os
 import re
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +19,9 @@ from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_gguf
 from engine.models.family import GgufTensorFacts
 from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
-from engine.weights.pages import open_to_read, release_pages
+from engine.weights.pages import release_pages
 from engine.weights.tensor_names import TensorNames
+from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
 from pdmesh.gguf_header import GgufTensor, read_gguf_header
 
@@ -67,10 +66,8 @@ class GgufFile:
         """Reads metadata and the list of tensors. Raises ConfigError."""
         self._path = path
         header = read_gguf_header(path)
-        self._descriptor = open_to_read(path)
-        weakref.finalize(self, os.close, self._descriptor)
-        # As a plain array: each slice of a memmap costs microseconds.
-        self._bytes: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._file = WeightFile(path)
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._file.mapped(), np.uint8)
         # By GGUF's names; the config is read from these and the metadata.
         stored = {tensor.name: self._check(tensor) for tensor in header.tensors}
         if _EMBEDDING not in stored:
@@ -117,7 +114,7 @@ class GgufFile:
         dtype = _PLAIN_DTYPES.get(stored.encoding)
         if dtype is None or len(stored.shape) != 2 or part.transposed or self._permuted_heads(name):
             return None
-        return FileRows.of(stored, part, dtype, self._descriptor, self._by_hf_name[name].offset)
+        return FileRows.of(stored, part, dtype, self._file, self._by_hf_name[name].offset)
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         values = self._values(self._by_hf_name[name], dtype, part, self._permuted_heads(name))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from engine.models import FAMILIES, config_from_hf
 from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
 from engine.weights.pages import open_to_read, release_pages
 from engine.weights.tensor_names import TensorNames
+from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
 
 _CONFIG = "config.json"
@@ -74,14 +74,13 @@ class HfDirectory:
         if len(stored.shape) != 2 or part.transposed or stored.encoding not in _PLAIN:
             return None
         if stored.file not in self._layouts:
-            self._layouts[stored.file] = layout = _read_layout(stored.file)
-            weakref.finalize(self, os.close, layout.descriptor)
+            self._layouts[stored.file] = _read_layout(stored.file)
         layout = self._layouts[stored.file]
-        return FileRows.of(stored, part, _PLAIN[stored.encoding], layout.descriptor, layout.offsets[name])
+        return FileRows.of(stored, part, _PLAIN[stored.encoding], layout.file, layout.offsets[name])
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         stored = self._tensors[name]
-        # Copied even where the dtype is right: the model must not depend on what becomes of the file.
+        # Copied even where the dtype is right: nobody sees to it that the file stays as it is.
         values = torch.empty(part.shape_of(stored.shape), dtype=dtype)
         if stored.file not in self._shards:
             self._shards[stored.file] = _open_shard(stored.file, "pt")
@@ -183,18 +182,18 @@ def _open_shard(file: Path, framework: Literal["np", "pt"]) -> Any:
 class _Layout:
     """Where tensors lie in an open file."""
 
-    descriptor: int
+    file: WeightFile
     offsets: Mapping[str, int]
 
 
 def _read_layout(file: Path) -> _Layout:
     """Of a file whose header the library has checked. https://github.com/huggingface/safetensors#format"""
-    descriptor = open_to_read(file)
-    header_bytes = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    header = json.loads(os.pread(descriptor, header_bytes, 8))
+    opened = WeightFile(file)
+    header_bytes = int.from_bytes(os.pread(opened.descriptor, 8, 0), "little")
+    header = json.loads(os.pread(opened.descriptor, header_bytes, 8))
     header.pop("__metadata__", None)
     first = 8 + header_bytes
-    return _Layout(descriptor, {name: first + tensor["data_offsets"][0] for name, tensor in header.items()})
+    return _Layout(opened, {name: first + tensor["data_offsets"][0] for name, tensor in header.items()})
 
 
 def _stored_tensors(file: Path) -> list[StoredTensor]:

@@ -13,6 +13,7 @@
 #include "norms.h"
 #include "operation.h"
 #include "quantized.h"
+#include "rows.h"
 
 namespace pdmesh {
 
@@ -96,6 +97,8 @@ class StepRun {
         return work(QuantizedMatrix<Int8>{static_cast<const char*>(op.weight), op.n, op.k});
       case Format::kInt4:
         return work(QuantizedMatrix<Int4>{static_cast<const char*>(op.weight), op.n, op.k});
+      case Format::kRows:
+        return work(RowMatrix<Element>{static_cast<const Value* const*>(op.weight), op.n, op.k});
     }
   }
 

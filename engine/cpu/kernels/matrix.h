@@ -21,8 +21,9 @@ constexpr int kVectors = kPanel / 16;
 // Rows multiplied at once: with two columns of vectors, what the machine's registers hold.
 constexpr int kMaxRows = 12;
 
-// Bytes of activations that one pass over the panels may come back to: they stay in the second-level cache.
-constexpr int64_t kRowBlockBytes = 256 * 1024;
+// Bytes of activations that one pass over the panels may come back to: they stay in the second-level cache, and of the
+// longest rows enough are there to be worth a pass.
+constexpr int64_t kRowBlockBytes = 512 * 1024;
 constexpr int64_t kMinRowsOfThread = 4 * kMaxRows;
 
 template <class Element>

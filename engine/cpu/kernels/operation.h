@@ -33,8 +33,8 @@ enum class Finish : int32_t { kStore, kAdd, kNarrow, kActivate, kActivateMultipl
 // Which rows an operation makes: one for each of the step's tokens, or for each whose hidden state is wanted.
 enum class Rows : int32_t { kTokens, kOutputs };
 
-// Of a packed matrix: that of the activations, or fewer bits.
-enum class Format : int32_t { kElement, kInt8, kInt4 };
+// Of a matrix: packed values of the activations' type, fewer bits, or the addresses of its rows.
+enum class Format : int32_t { kElement, kInt8, kInt4, kRows };
 
 struct Operation {
   Kind kind;
@@ -49,14 +49,14 @@ struct Operation {
   int64_t input_bytes;  // from one row to the next
   char* output;
   int64_t output_bytes;
-  const void* weight;  // a packed matrix, a norm's scale in float32, or learned positions
+  const void* weight;  // a matrix, a norm's scale in float32, or learned positions
   const float* bias;   // of a product: padded to whole panels; of a layer norm: null for none
   int64_t n, k;
   int64_t window;      // of attention: how many keys a token sees, its own among them; 0: all up to its own
   int64_t first;       // of an embedding: the token of its first row; of positions: the row of position 0; of a sum:
                        // which of the run's it is, from 0
   int64_t rank_bytes;  // of a sum: from one rank's rows to the next one's
-  Format format;  // of a packed matrix
+  Format format;  // of a matrix
   int64_t num_experts;  // whose matrices lie in `weight`, one after the other
   const Rotation* rotation;
   Scores scores;

@@ -1,9 +1,11 @@
-// Stores matrices into packed ones (matrix.h): from memory, or straight from a file, each byte read once.
+// Stores matrices into packed ones (matrix.h): from memory, or straight from a file, each byte read once. Those that
+// stay where they lie (rows.h) are brought into memory and searched for what is no finite number.
 //
 // Sixteen rows at a time go through a buffer that stays in the second-level cache: read, converted to the packed type,
 // searched for what is no finite number, and turned round in registers. Rounding is to nearest, ties to even.
 // The C interface is mirrored in engine/cpu/library.py.
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -222,9 +224,80 @@ int64_t pack(typename Element::Value* packed, int64_t k, const int64_t* rows, in
   return EINVAL;
 }
 
+// Of rows in a mapped file, a piece that one thread reads, and what the disk is asked for at once.
+constexpr int64_t kReadBytes = 1 << 20;
+constexpr int64_t kReadAheadBytes = 16 * kReadBytes;
+constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, which older headers lack
+
+// Has a piece of a mapped file read if its first page is not in memory: touching it would be slower, and end the
+// process where the disk cannot give it. What is in memory comes fastest as it is touched. `end`: of what is read next.
+inline int64_t bring(const char* begin, int64_t num_bytes, const char* end) {
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  char* first = reinterpret_cast<char*>(uintptr_t(begin) / page * page);
+  num_bytes += begin - first;
+  unsigned char present = 0;
+  if (mincore(first, page, &present) != 0) return errno;
+  if (present & 1) return kPacked;
+  madvise(first, std::min<int64_t>(kReadAheadBytes, end - first), MADV_WILLNEED);
+  while (madvise(first, num_bytes, kPopulateRead) != 0)
+    // Linux before 5.14 knows no such advice: pages come as they are used.
+    if (errno != EINTR && errno != EAGAIN) return errno == EINVAL ? kPacked : errno == EFAULT ? EIO : errno;
+  return kPacked;
+}
+
+// Not 0 where one of `count` values is not finite.
+template <class Element, Encoding encoding>
+inline uint32_t search(const char* from, int64_t count) {
+  constexpr int64_t kVectorValues = 16 * Element::kPack;
+  uint32_t infinite = 0;
+  int64_t i = 0;
+  for (; i + 4 * kVectorValues <= count; i += 4 * kVectorValues, from += 256)
+    for (int j = 0; j < 4; ++j) units<Element, encoding>(from + 64 * j, kVectorValues, infinite);
+  for (; i < count; i += kVectorValues, from += 64) units<Element, encoding>(from, count - i, infinite);
+  return infinite;
+}
+
+// Brings rows of k values into memory, and searches them.
+template <class Element>
+int64_t check_rows(const char* rows, int64_t num_rows, int64_t row_bytes, int64_t k, int num_threads) {
+  constexpr Encoding kEncoding = Element::kPack == 1 ? Encoding::kFloat32 : Encoding::kBFloat16;
+  constexpr int64_t kValueBytes = 4 / Element::kPack;
+  const int64_t rows_each = std::max<int64_t>(1, kReadBytes / row_bytes);
+  const char* end = rows + num_rows * row_bytes;
+  std::atomic<int64_t> status{kPacked};
+  run_team(num_threads, [&](Team& team) {
+    team.for_each((num_rows + rows_each - 1) / rows_each, [&](int64_t item) {
+      if (status.load(std::memory_order_relaxed) != kPacked) return;
+      const char* begin = rows + item * rows_each * row_bytes;
+      const char* last = rows + (std::min(num_rows, (item + 1) * rows_each) - 1) * row_bytes;
+      int64_t found = bring(begin, last + k * kValueBytes - begin, end);
+      uint32_t infinite = 0;
+      if (found == kPacked && k * kValueBytes == row_bytes) {
+        infinite = search<Element, kEncoding>(begin, (last - begin) / kValueBytes + k);
+      } else if (found == kPacked) {
+        for (const char* row = begin; row <= last; row += row_bytes) infinite |= search<Element, kEncoding>(row, k);
+      }
+      if (infinite) found = kNotFinite;
+      if (found != kPacked) status.store(found, std::memory_order_relaxed);
+    });
+  });
+  return status;
+}
+
 }  // namespace pdmesh
 
 extern "C" {
+
+// Brings `num_rows` rows of k values, `row_bytes` apart in a mapped file, into memory, and says whether all are finite.
+int64_t pdmesh_check_rows_float32(const char* rows, int64_t num_rows, int64_t row_bytes, int64_t k,
+                                  int32_t num_threads) {
+  return pdmesh::check_rows<pdmesh::Float32>(rows, num_rows, row_bytes, k, num_threads);
+}
+
+int64_t pdmesh_check_rows_bfloat16(const char* rows, int64_t num_rows, int64_t row_bytes, int64_t k,
+                                   int32_t num_threads) {
+  return pdmesh::check_rows<pdmesh::BFloat16>(rows, num_rows, row_bytes, k, num_threads);
+}
 
 // Stores rows of a matrix with k columns into a packed one, which begins with a cache line: row rows[i] becomes its column i, for num_columns from the
 // panel at `packed` on; where rows[i] is negative, the column is left as it is.

@@ -130,6 +130,12 @@ struct Float32 {
     std::memcpy(&value, &row, sizeof value);
     return fused_multiply_add(splat(value), columns, sum);
   }
+  // sum + row * columns, lane by lane.
+  static inline f32x16 dot(f32x16 sum, f32x16 row, f32x16 columns) { return fused_multiply_add(row, columns, sum); }
+  // A vector's first `count` values, and zeros.
+  static inline f32x16 load_first(const void* from, int64_t count) {
+    return (f32x16)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from);
+  }
   static inline f32x16 widen(const Value* from) { return load<f32x16>(from); }
   static inline void narrow(Value* to, f32x16 values) { store(to, values); }
   static inline float widen_one(Value value) { return value; }
@@ -142,13 +148,20 @@ struct BFloat16 {
 
   // sum + even row value * even column values + odd * odd.
   static inline f32x16 multiply_add(f32x16 sum, uint32_t row, f32x16 columns) {
+    return dot(sum, as_float(row - u32x16{}), columns);
+  }
+  // The same of 16 pairs, lane by lane.
+  static inline f32x16 dot(f32x16 sum, f32x16 row, f32x16 columns) {
 #if defined(__AVX512BF16__)
-    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)row), (__m512bh)columns);
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)columns);
 #else
-    const u32x16 bits = as_bits(columns), rows = row - u32x16{};
+    const u32x16 bits = as_bits(columns), rows = as_bits(row);
     sum = fused_multiply_add(as_float(rows << 16), as_float(bits << 16), sum);
     return fused_multiply_add(as_float(rows & 0xffff0000u), as_float(bits & 0xffff0000u), sum);
 #endif
+  }
+  static inline f32x16 load_first(const void* from, int64_t count) {
+    return (f32x16)_mm512_maskz_loadu_epi16(__mmask32((1u << count) - 1), from);
   }
   static inline f32x16 widen(const Value* from) {
     return as_float(__builtin_convertvector(load<u16x16>(from), u32x16) << 16);

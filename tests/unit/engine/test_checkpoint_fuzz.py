@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.loader import check_tensors
+from engine.models import build_model
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
 from tests.tiny_families import make_tiny_family
@@ -64,7 +65,8 @@ def little_memory() -> Iterator[None]:
 def refusal(path: Path) -> ConfigError | None:
     """What opening it raises on purpose. All else that it may raise fails the test."""
     try:
-        check_tensors(open_checkpoint(str(path)))
+        checkpoint = open_checkpoint(str(path))
+        check_tensors(checkpoint, build_model(checkpoint.config))
     except ConfigError as error:
         return error
     return None

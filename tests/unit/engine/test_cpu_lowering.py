@@ -157,7 +157,7 @@ def loaded(config: ModelConfig, values: Values, dtype: torch.dtype, shard: Shard
                 of_rank = of_rank[:, _slice(part.columns)]
             assert of_rank.shape == parameter.shape
             module.register_parameter(name, torch.nn.Parameter(of_rank.to(dtype).contiguous(), requires_grad=False))
-    return LoadedModel(model, config, "", shard or shard_of(config), dtype, num_bytes=0)
+    return LoadedModel(model, config, "", shard or shard_of(config), dtype, num_bytes=0, model_bytes=0)
 
 
 def _slice(rows: range) -> slice:

@@ -40,7 +40,12 @@ def in_torch(directory: Path, texts: Sequence[Sequence[int]]) -> Texts:
     return Texts(load(directory), texts)
 
 
-def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "float32") -> Texts:
+def mapped(directory: Path, texts: Sequence[Sequence[int]]) -> Texts:
+    """On the kernels, with the weights where they lie."""
+    return on_kernels(directory, texts, maps=True)
+
+
+def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "float32", *, maps: bool = False) -> Texts:
     try:
         path = kernels_path(this_target())
     except BuildError as error:
@@ -50,7 +55,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
 
     def make_executor(loaded: LoadedModel, kv_cache: KVCache) -> ModelExecutor:
         kernels = Kernels(path, values)
-        packed = packed_for(loaded, kernels)
+        packed = packed_for(loaded, kernels, maps=maps)
         return CpuExecutor(kernels, loaded, packed, kv_cache, max_tokens=512, max_position=512, num_threads=2)
 
     layout = cpu_layout(loaded.config, 16, values)
@@ -58,7 +63,7 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
     return Texts(loaded, texts, block_size=16, layout=layout, make_executor=make_executor)
 
 
-WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels])
+WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels, mapped])
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -86,7 +91,7 @@ def test_chunked_prefill_equals_transformers(
 
 
 @pytest.mark.slow
-@WAYS
+@pytest.mark.parametrize("way", [in_torch, on_kernels])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     # Longrope is served up to the trained length.
@@ -169,19 +174,19 @@ def test_whoever_is_preempted_gets_the_same(tiny: Callable[[str], Path], shape: 
     assert_same(answers, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "maps"), [("float32", False), ("bfloat16", False), ("float32", True)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
-    tiny: Callable[[str], Path], shape: str, dtype: str
+    tiny: Callable[[str], Path], shape: str, dtype: str, maps: bool
 ) -> None:
     tokens = [random_text(length, seed) for seed, length in enumerate(LENGTHS)]
-    together = on_kernels(tiny(shape), tokens, dtype)
+    together = on_kernels(tiny(shape), tokens, dtype, maps=maps)
     together.step({0: 37, 1: 1})
     together.step({1: 64, 2: 5, 0: 1})
     together.step({0: 90, 3: 16, 2: 27})
     together.step({2: 1, 4: 1, 1: 32, 0: 22})
     for text, ids in enumerate(tokens):
-        alone = on_kernels(tiny(shape), [ids], dtype)
+        alone = on_kernels(tiny(shape), [ids], dtype, maps=maps)
         alone.step({0: len(ids)})
         assert torch.equal(together.logits_of(text), alone.logits_of(0))
 

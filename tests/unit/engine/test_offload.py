@@ -27,6 +27,7 @@ from engine.weights.offload_file import FileMemory, OffloadFile, address_of
 from engine.weights.quantized import UNQUANTIZED
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
+from pdmesh.kv_memory import private_memory
 from tests.texts import CPU, Texts, load, random_text
 
 
@@ -74,11 +75,13 @@ def limit(directory: Path, share: float, dtype: torch.dtype = torch.float32) -> 
     return f"cpu={int(share * sum(parameter.numel() for parameter in parameters) * dtype.itemsize)}"
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize(("kernels", "weights"), [("auto", "packed"), ("auto", "mapped"), ("torch", "auto")])
 @pytest.mark.parametrize("device_map", ["auto", "sequential"])
-def test_off_loaded_weights_give_the_same_logits(deep: Path, tmp_path: Path, kernels: str, device_map: str) -> None:
+def test_off_loaded_weights_give_the_same_logits(
+    deep: Path, tmp_path: Path, kernels: str, weights: str, device_map: str
+) -> None:
     steps = (20, 1, 7, 1, 1)
-    whole = EngineConfig(model=str(deep), device="cpu", kernels=kernels, device_map=device_map)
+    whole = EngineConfig(model=str(deep), device="cpu", kernels=kernels, weights=weights, device_map=device_map)
     limited = replace(whole, max_memory=limit(deep, 0.7), offload_dir=str(tmp_path))
     assert placement(limited).waiting
     assert torch.equal(logits(limited, steps), logits(whole, steps))
@@ -173,6 +176,20 @@ def test_at_most_a_few_units_are_in_memory(tmp_path: Path) -> None:
         assert (np.frombuffer(memories[unit].pieces[0], np.uint8) == unit).all()
 
 
+def test_what_waits_where_it_lies_takes_no_disk_space(deep: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    config = EngineConfig(
+        model=str(deep), device="cpu", weights="mapped", max_memory=limit(deep, 0.7), offload_dir=str(nowhere)
+    )
+    loaded = load(deep, stored=True)
+    packed = place_model(config, loaded, cpu_kernels(config, CPU), CPU, UNQUANTIZED)
+    assert packed is not None
+    assert packed.waiting
+    assert all(address_of(piece) % mmap.PAGESIZE == 0 for pieces in packed.waiting.values() for piece in pieces)
+    assert not nowhere.exists()
+    assert 0 < packed.mapped_bytes < sum(matrix.mapped_bytes for matrix in packed.matrices)
+
+
 def resident_bytes(memory: memoryview) -> int:
     """What of a mapping counts as this process's memory."""
     begin = address_of(memory)
@@ -188,8 +205,9 @@ def resident_bytes(memory: memoryview) -> int:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    memory = private_memory(mmap.PAGESIZE)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: weights of .* GiB are to wait there, and .* GiB are free"):
-        OffloadFile(tmp_path, 1 << 60)
+        OffloadFile(tmp_path, 1 << 60).map_over(memory)
     with pytest.raises(ConfigError, match=r"No such file or directory.*--offload-dir"):
-        OffloadFile(tmp_path / "nowhere", 1)
+        OffloadFile(tmp_path / "nowhere", 1).map_over(memory)
     assert os.listdir(tmp_path) == []

@@ -13,6 +13,7 @@ from engine.cpu.build import BuildError, kernels_path, this_target
 from engine.cpu.library import Kernels, PackStatus
 from engine.cpu.packing import PACK, PANEL, padded
 from engine.weights.checkpoint import FileRows
+from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
 from tests.texts import load, packed_for
 
@@ -34,8 +35,7 @@ def unpacked(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
 def in_file(path: Path, matrix: torch.Tensor) -> FileRows:
     """Behind some bytes that are not its own."""
     path.write_bytes(b"abcdef" + matrix.contiguous().view(torch.uint8).numpy().tobytes())
-    descriptor = os.open(path, os.O_RDONLY)
-    return FileRows(descriptor, matrix.dtype, 6, matrix.stride(0) * matrix.itemsize, (range(len(matrix)),))
+    return FileRows(WeightFile(path), matrix.dtype, 6, matrix.stride(0) * matrix.itemsize, (range(len(matrix)),))
 
 
 @DTYPES
@@ -48,14 +48,10 @@ def test_values_are_converted_and_lie_where_they_belong(
     matrix = torch.randn(n + 3, k, generator=torch.Generator().manual_seed(0)).mul(1e-3).to(stored)
     # Some rows, in another order than they lie in.
     rows = torch.cat([torch.arange(3, n // 2 + 3), torch.arange(n // 2 + 3, n + 3).flip(0)])
-    source = in_file(tmp_path / "matrix", matrix)
-    try:
-        for place in (matrix, source):
-            packed = torch.zeros(padded(n) * padded(k, PACK[dtype]), dtype=dtype)
-            assert KERNELS[dtype].pack(packed, k, rows, place, num_threads=2) == PackStatus.PACKED
-            assert torch.equal(unpacked(packed, n, k), matrix[rows].to(dtype))
-    finally:
-        os.close(source.descriptor)
+    for place in (matrix, in_file(tmp_path / "matrix", matrix)):
+        packed = torch.zeros(padded(n) * padded(k, PACK[dtype]), dtype=dtype)
+        assert KERNELS[dtype].pack(packed, k, rows, place, num_threads=2) == PackStatus.PACKED
+        assert torch.equal(unpacked(packed, n, k), matrix[rows].to(dtype))
 
 
 @DTYPES
