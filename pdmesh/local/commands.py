@@ -66,6 +66,7 @@ def _worker_arguments(config: LocalConfig, role: Role, worker_id: str) -> tuple[
     arguments = [role.value, config.model, "--worker-id", worker_id, "--host", "127.0.0.1", "--port", "0"]
     arguments += ["--dtype", config.dtype, "--device", config.device, "--num-threads", str(config.threads_per_rank)]
     arguments += ["--quantization", config.quantization, "--kv-cache-dtype", config.kv_cache_dtype]
+    arguments += ["--weights", config.weights]
     # Said in any case: the same PDMESH_TP, inherited by all, would be one degree for both roles.
     tp, pp = config.degrees(role)
     arguments += ["--tp", str(tp), "--pp", str(pp)]

@@ -39,6 +39,11 @@ class LocalConfig:
     quantization: str = option(
         "weights in fewer bits: int8 (8.5 with scales) or int4 (5)", default="none", choices=("none", "int8", "int4")
     )
+    weights: str = option(
+        "mapped: computed with where they lie in their files; packed: copied; auto: mapped from 1 GiB on",
+        default="auto",
+        choices=("auto", "mapped", "packed"),
+    )
     device: str = option("where the workers compute", default="auto", choices=("auto", "cpu", "cuda"))
     kv_cache_dtype: str = option(
         "what keys and values are stored in; auto: as the model computes; int8: with a scale for each token and head",

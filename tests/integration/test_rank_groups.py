@@ -26,9 +26,10 @@ class Case:
     pp: int = 1
     kernels: str = "auto"
     chunk: int = 512
+    weights: str = "packed"
 
     def __str__(self) -> str:
-        return f"{self.shape}-tp{self.tp}-pp{self.pp}-{self.kernels}-chunk{self.chunk}"
+        return f"{self.shape}-tp{self.tp}-pp{self.pp}-{self.kernels}-{self.weights}-chunk{self.chunk}"
 
 
 # Every way to split and to compute, and every chunk.
@@ -40,6 +41,9 @@ FEW = [
     # Heads that the kernels do not serve: plain torch, over shared memory.
     Case("wide-heads", tp=2, chunk=1),
     Case("mha", tp=2, pp=2, kernels="torch"),
+    # Of some matrices a rank's part is columns: rows of the file with others' between them.
+    Case("gqa", tp=2, chunk=64, weights="mapped"),
+    Case("mixtral", tp=2, pp=2, weights="mapped"),
 ]
 ALL = [
     Case(shape, tp, pp, kernels, CHUNKS[number % len(CHUNKS)])
@@ -101,7 +105,7 @@ def _check(model: Callable[[str], tuple[Path, list[Answer]]], case: Case) -> Non
     directory, expected = model(case.shape)
     # A text that repeats itself would hide what is wrong with it.
     assert all(len(set(answer.token_ids)) > 0.5 * len(answer.token_ids) for answer in expected)
-    of = config(directory, kernels=case.kernels, chunk=case.chunk)
+    of = config(directory, kernels=case.kernels, chunk=case.chunk, weights=case.weights)
     with group_of_ranks(of, tp=case.tp, pp=case.pp) as assembly:
         assert [rank.rank for rank in assembly.ranks] == list(range(case.tp * case.pp))
         answers, requests = serve(assembly.core, arrivals())

@@ -40,6 +40,7 @@ def test_settings_reach_those_whom_they_concern(tmp_path: Path) -> None:
         model="m",
         dtype="bfloat16",
         quantization="int4",
+        weights="packed",
         kv_cache_bytes=4096,
         max_model_len=64,
         transports="grpc",
@@ -50,6 +51,7 @@ def test_settings_reach_those_whom_they_concern(tmp_path: Path) -> None:
     for command in (prefill, decode):
         assert argument(command, "--dtype") == "bfloat16"
         assert argument(command, "--quantization") == "int4"
+        assert argument(command, "--weights") == "packed"
         assert argument(command, "--kv-cache-bytes") == "4096"
         assert argument(command, "--max-model-len") == "64"
     assert argument(decode, "--transports") == "grpc"
