@@ -125,8 +125,7 @@ class PackedModel:
     @property
     def mapped_bytes(self) -> int:
         """Of matrices that lie in these files and are to stay in memory."""
-        waiting_bytes = sum(len(piece) for pieces in self.waiting.values() for piece in pieces)
-        return max(0, sum(matrix.mapped_bytes for matrix in self.matrices) - waiting_bytes)
+        return sum(matrix.mapped_bytes for matrix in self.matrices if matrix.files)
 
 
 def pack_model(

@@ -180,8 +180,9 @@ class Packer:
         if in_place := self._in_place(weights, weight_format):
             row_bytes = k * self._kernels.dtype.itemsize
             table = address_rows(padded(n), row_bytes, in_place, places)
-            files = tuple(dict.fromkeys(rows.file for rows in in_place))
-            return PackedMatrix(n, k, table, bias, Format.ROWS, files, sum(map(len, weights)) * row_bytes)
+            files = tuple(dict.fromkeys(rows.file for rows in in_place if rows.file is not None))
+            mapped_bytes = sum(rows.num_bytes for rows in in_place)
+            return PackedMatrix(n, k, table, bias, Format.ROWS, files, mapped_bytes)
         values = self._zeros(n, weights[0], weight_format)
         for weight, outputs in zip(weights, places, strict=True):
             self._pack(values, outputs, weight, weight_format)
@@ -200,8 +201,8 @@ class Packer:
             mapped.append(MappedRows(self._stored.pop(weight), rows, weight.shape[1]))
             mapped[-1].check(self._kernels, self._num_threads)
             if isinstance(self._memory, FileMemory):
-                for pages in mapped[-1].pages:
-                    self._memory.add_mapped(pages)
+                # A file of its own is written at once, and the system maps it in larger pieces than most.
+                mapped[-1].move(self._memory.take(mapped[-1].num_bytes))
         return mapped
 
     def _pack(

@@ -5,12 +5,10 @@ import mmap
 import os
 import tempfile
 import weakref
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from engine.weights.pages import release_pages
 from pdmesh.errors import ConfigError
 from pdmesh.kv_memory import private_memory
 
@@ -22,42 +20,36 @@ _libc.mmap.restype = ctypes.c_void_p
 
 
 class OffloadFile:
-    """A file that ends with this process, however that ends: it has no name. Made when it is first needed.
+    """A file that ends with this process, however that ends: it has no name.
 
     Args:
         directory: Where it takes disk space.
-        num_bytes: That it may come to hold.
+
+    Raises ConfigError where it cannot be made, or `num_bytes` are more than there is room for.
     """
 
     def __init__(self, directory: Path, num_bytes: int) -> None:
         self._directory = directory
-        self._expected_bytes = num_bytes
-        self._num_bytes = 0
-
-    @cached_property
-    def _descriptor(self) -> int:
-        num_bytes = self._expected_bytes
         try:
-            state = os.statvfs(self._directory)
+            state = os.statvfs(directory)
             free = state.f_bavail * state.f_frsize
             if num_bytes > free:
                 raise ConfigError(
-                    f"{self._directory}: weights of {num_bytes / 2**30:.2f} GiB are to wait there, and "
-                    f"{free / 2**30:.2f} GiB are free: free some, or name another directory with --offload-dir"
+                    f"{directory}: weights of {num_bytes / 2**30:.2f} GiB are to wait there, and {free / 2**30:.2f} "
+                    "GiB are free: free some, or name another directory with --offload-dir"
                 )
-            descriptor, name = tempfile.mkstemp(dir=self._directory)
+            self._descriptor, name = tempfile.mkstemp(dir=directory)
             os.unlink(name)
         except OSError as error:
             raise self._failed(error) from error
         # What is mapped outlives it.
-        weakref.finalize(self, os.close, descriptor)
-        return descriptor
+        weakref.finalize(self, os.close, self._descriptor)
+        self._num_bytes = 0
 
     def map_over(self, memory: memoryview) -> None:
         """Moves the bytes of whole pages of private memory into the file, and the pages of the file into their place.
 
-        From then on they can be read alone. Raises ConfigError where the file cannot be made, or written, or what it
-        may come to hold is more than there is room for.
+        From then on they can be read alone. Raises ConfigError.
         """
         begin = self._num_bytes
         try:
@@ -80,12 +72,11 @@ class OffloadFile:
 
 
 class FileMemory:
-    """Memory for what is packed now, and waits in a file from `store` on, beside what lies in another one already."""
+    """Memory for what is packed now, and waits in a file from `store` on."""
 
     def __init__(self, file: OffloadFile) -> None:
         self._file = file
         self._pieces: list[memoryview] = []
-        self._mapped: list[memoryview] = []
 
     def take(self, num_bytes: int) -> memoryview:
         """Zeroed, in whole pages."""
@@ -93,21 +84,15 @@ class FileMemory:
         self._pieces.append(memory)
         return memory[:num_bytes]
 
-    def add_mapped(self, pages: memoryview) -> None:
-        """Pages of a mapped file that wait there."""
-        self._mapped.append(pages)
-
     def store(self) -> None:
         """Moves what was taken into the file, for reading alone from then on. Raises ConfigError."""
         for piece in self._pieces:
             self._file.map_over(piece)
-        for pages in self._mapped:
-            release_pages(np.frombuffer(pages, np.uint8))
 
     @property
     def pieces(self) -> tuple[memoryview, ...]:
-        """What waits: memory that begins with a page."""
-        return (*self._pieces, *self._mapped)
+        """What was taken, in whole pages."""
+        return tuple(self._pieces)
 
 
 def address_of(memory: memoryview) -> int:

@@ -224,26 +224,39 @@ int64_t pack(typename Element::Value* packed, int64_t k, const int64_t* rows, in
   return EINVAL;
 }
 
-// Of rows in a mapped file, a piece that one thread reads, and what the disk is asked for at once.
+// Of rows in a mapped file, a piece that one thread reads.
 constexpr int64_t kReadBytes = 1 << 20;
-constexpr int64_t kReadAheadBytes = 16 * kReadBytes;
 constexpr int kPopulateRead = 22;  // MADV_POPULATE_READ, which older headers lack
 
-// Has a piece of a mapped file read if its first page is not in memory: touching it would be slower, and end the
-// process where the disk cannot give it. What is in memory comes fastest as it is touched. `end`: of what is read next.
-inline int64_t bring(const char* begin, int64_t num_bytes, const char* end) {
-  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  char* first = reinterpret_cast<char*>(uintptr_t(begin) / page * page);
-  num_bytes += begin - first;
-  unsigned char present = 0;
-  if (mincore(first, page, &present) != 0) return errno;
-  if (present & 1) return kPacked;
-  madvise(first, std::min<int64_t>(kReadAheadBytes, end - first), MADV_WILLNEED);
-  while (madvise(first, num_bytes, kPopulateRead) != 0)
-    // Linux before 5.14 knows no such advice: pages come as they are used.
-    if (errno != EINTR && errno != EAGAIN) return errno == EINVAL ? kPacked : errno == EFAULT ? EIO : errno;
-  return kPacked;
-}
+// Whole pages of a mapped file.
+struct Pages {
+  char* begin;
+  int64_t num_bytes;
+
+  Pages(const char* from, int64_t size)
+      : begin(reinterpret_cast<char*>(uintptr_t(from) / page_bytes() * page_bytes())), num_bytes(from + size - begin) {}
+
+  static uintptr_t page_bytes() {
+    static const uintptr_t bytes = uintptr_t(sysconf(_SC_PAGESIZE));
+    return bytes;
+  }
+
+  // Whether the system has them in its cache, as far as samples tell.
+  bool are_cached() const {
+    unsigned char present = 0;
+    for (int64_t offset = 0; offset < num_bytes; offset += kReadBytes)
+      if (mincore(begin + offset, page_bytes(), &present) != 0 || !(present & 1)) return false;
+    return true;
+  }
+
+  // Has the disk read them. Touching them would end the process where the disk cannot give them.
+  int64_t bring() const {
+    while (madvise(begin, num_bytes, kPopulateRead) != 0)
+      // Linux before 5.14 knows no such advice: pages come as they are used.
+      if (errno != EINTR && errno != EAGAIN) return errno == EINVAL ? kPacked : errno == EFAULT ? EIO : errno;
+    return kPacked;
+  }
+};
 
 // Not 0 where one of `count` values is not finite.
 template <class Element, Encoding encoding>
@@ -263,22 +276,22 @@ int64_t check_rows(const char* rows, int64_t num_rows, int64_t row_bytes, int64_
   constexpr Encoding kEncoding = Element::kPack == 1 ? Encoding::kFloat32 : Encoding::kBFloat16;
   constexpr int64_t kValueBytes = 4 / Element::kPack;
   const int64_t rows_each = std::max<int64_t>(1, kReadBytes / row_bytes);
-  const char* end = rows + num_rows * row_bytes;
-  std::atomic<int64_t> status{kPacked};
+  const Pages all(rows, num_rows * row_bytes);
+  // By one thread, in order: then the system reads far ahead, and takes memory in large pieces, which are mapped many
+  // times faster, now and later. What is cached comes fastest as it is touched.
+  std::atomic<int64_t> status{all.are_cached() ? int64_t(kPacked) : all.bring()};
   run_team(num_threads, [&](Team& team) {
     team.for_each((num_rows + rows_each - 1) / rows_each, [&](int64_t item) {
       if (status.load(std::memory_order_relaxed) != kPacked) return;
       const char* begin = rows + item * rows_each * row_bytes;
       const char* last = rows + (std::min(num_rows, (item + 1) * rows_each) - 1) * row_bytes;
-      int64_t found = bring(begin, last + k * kValueBytes - begin, end);
       uint32_t infinite = 0;
-      if (found == kPacked && k * kValueBytes == row_bytes) {
+      if (k * kValueBytes == row_bytes) {
         infinite = search<Element, kEncoding>(begin, (last - begin) / kValueBytes + k);
-      } else if (found == kPacked) {
+      } else {
         for (const char* row = begin; row <= last; row += row_bytes) infinite |= search<Element, kEncoding>(row, k);
       }
-      if (infinite) found = kNotFinite;
-      if (found != kPacked) status.store(found, std::memory_order_relaxed);
+      if (infinite) status.store(kNotFinite, std::memory_order_relaxed);
     });
   });
   return status;

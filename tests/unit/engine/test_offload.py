@@ -27,7 +27,6 @@ from engine.weights.offload_file import FileMemory, OffloadFile, address_of
 from engine.weights.quantized import UNQUANTIZED
 from engine.weights.source import open_checkpoint
 from pdmesh.errors import ConfigError
-from pdmesh.kv_memory import private_memory
 from tests.texts import CPU, Texts, load, random_text
 
 
@@ -176,20 +175,6 @@ def test_at_most_a_few_units_are_in_memory(tmp_path: Path) -> None:
         assert (np.frombuffer(memories[unit].pieces[0], np.uint8) == unit).all()
 
 
-def test_what_waits_where_it_lies_takes_no_disk_space(deep: Path, tmp_path: Path) -> None:
-    nowhere = tmp_path / "nowhere"
-    config = EngineConfig(
-        model=str(deep), device="cpu", weights="mapped", max_memory=limit(deep, 0.7), offload_dir=str(nowhere)
-    )
-    loaded = load(deep, stored=True)
-    packed = place_model(config, loaded, cpu_kernels(config, CPU), CPU, UNQUANTIZED)
-    assert packed is not None
-    assert packed.waiting
-    assert all(address_of(piece) % mmap.PAGESIZE == 0 for pieces in packed.waiting.values() for piece in pieces)
-    assert not nowhere.exists()
-    assert 0 < packed.mapped_bytes < sum(matrix.mapped_bytes for matrix in packed.matrices)
-
-
 def resident_bytes(memory: memoryview) -> int:
     """What of a mapping counts as this process's memory."""
     begin = address_of(memory)
@@ -205,9 +190,8 @@ def resident_bytes(memory: memoryview) -> int:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    memory = private_memory(mmap.PAGESIZE)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: weights of .* GiB are to wait there, and .* GiB are free"):
-        OffloadFile(tmp_path, 1 << 60).map_over(memory)
+        OffloadFile(tmp_path, 1 << 60)
     with pytest.raises(ConfigError, match=r"No such file or directory.*--offload-dir"):
-        OffloadFile(tmp_path / "nowhere", 1).map_over(memory)
+        OffloadFile(tmp_path / "nowhere", 1)
     assert os.listdir(tmp_path) == []
