@@ -2,9 +2,9 @@
 // activations.
 //
 // Nothing is copied at load, and workers of one host share the system's pages of the file. A row of weights is the k
-// values that make one output, so a vector of 64 bytes holds 16 or 32 values of K: every element of a product is summed in
-// 16 lanes over K in order, and these are added up in one way, whatever the number of rows. A row's result does not depend
-// on the rows beside it. It is not, to the last bit, what the same weights packed give.
+// values that make one output, so a vector of 64 bytes holds 16 or 32 values of K: every element of a product is summed
+// in 16 lanes over K in order, and these are added up in one way, whatever the number of rows. A row's result does not
+// depend on the rows beside it. It is not, to the last bit, what the same weights packed give.
 #pragma once
 
 #include <vector>
@@ -37,8 +37,8 @@ struct RowMatrix {
   };
 };
 
-// What a pass over a few rows of weights asks of memory meanwhile: with each step lines from `first` on, each time `stride`
-// bytes further.
+// What a pass over a few rows of weights asks of memory meanwhile: with each step lines from `first` on, each time
+// `stride` bytes further.
 struct Ahead {
   const char* first;
   int64_t stride;
