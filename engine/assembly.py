@@ -148,7 +148,8 @@ def load_part(
     share = 1.0 if group is None else group.kv_share(loaded, device)
     stored = kv_dtype(config, DTYPES[config.dtype_name])
     block_bytes = bytes_per_block(loaded.config, config.block_size, stored)
-    mapped_bytes = 0 if packed is None else packed.mapped_bytes
+    # Of all ranks that take from the same memory, whose parts are alike.
+    mapped_bytes = 0 if packed is None else packed.mapped_bytes * (1 if group is None else group.config.local_size)
     available_bytes = int(available_memory_bytes(device, mapped_bytes) / share)
     size = cache_size(config, block_bytes, loaded.config.max_position, available_bytes)
     return LoadedPart(config, loaded, packed, kernels, device, size, group)

@@ -5,6 +5,7 @@ Matrices that are to be packed stay in the checkpoint; their packer reads them s
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -70,12 +71,12 @@ class LoadedModel:
 
     def fill(self, device: torch.device) -> None:
         """Reads what is still stored into the model. Raises ConfigError."""
-        for name, parameter in list(self.model.named_parameters()):
-            if matrix := self.stored.pop(parameter, None):
-                _assign(self.model, name, matrix.read().to(device))
-                matrix.done()
-        # What the model computed for itself.
         for module in self.model.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                if matrix := self.stored.pop(parameter, None):
+                    _assign(module, leaf, matrix.read().to(device))
+                    matrix.done()
+            # What the model computed for itself.
             for name, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(name, buffer.to(device), persistent=False)
 
@@ -115,15 +116,13 @@ def load_model(
     whole = build_model(checkpoint.config)
     places = check_tensors(checkpoint, whole)
     model = whole if split.tp == split.pp == 1 else build_model(checkpoint.config, shard, split.reduce)
-    num_bytes, model_bytes = (
-        sum(num for _, num in weight_bytes(each, DTYPES[dtype], quantization.format)) for each in (model, whole)
-    )
+    num_bytes = model_bytes = weights_size(model, DTYPES[dtype], quantization.format)
+    if model is not whole:
+        model_bytes = weights_size(whole, DTYPES[dtype], quantization.format)
     held = _held(model, places)
     # In the order in which reading is fastest.
-    wanted = [
-        (tensor, name, part) for tensor in checkpoint.tensors.values() for name, part in held.get(tensor.name, ())
-    ]
-    progress = Progress(sum(part_bytes(tensor, part) for tensor, _, part in wanted), on_progress)
+    wanted = [(tensor, each) for tensor in checkpoint.tensors.values() for each in held.get(tensor.name, ())]
+    progress = Progress(sum(part_bytes(tensor, each.part) for tensor, each in wanted), on_progress)
     keeps = keeps_stored(checkpoint.config)
     if not keeps and num_bytes > (free := available_memory_bytes(device)):
         raise ConfigError(
@@ -131,10 +130,9 @@ def load_model(
             "--device-map auto with --offload-dir, a dtype of fewer bytes, or more ranks (--tp, --pp)"
         )
     stored: dict[torch.Tensor, StoredMatrix] = {}
-    for tensor, name, part in wanted:
-        parameter = model.get_parameter(name)
+    for tensor, (module, leaf, part) in wanted:
+        parameter = module.get_parameter(leaf)
         matrix = StoredMatrix(tensor, part, DTYPES[dtype], checkpoint, progress)
-        module, leaf = _owner(model, name)
         weight_format = format_of(module, quantization.format) if leaf == "weight" else None
         if weight_format is not None:
             matrix.check_groups(weight_format)
@@ -145,7 +143,7 @@ def load_model(
             module.register_parameter(leaf, None)
             matrix.done()
         else:
-            _assign(model, name, matrix.read().to(device))
+            _assign(module, leaf, matrix.read().to(device))
             matrix.done()
     digest = model_digest(checkpoint)
     loaded = LoadedModel(model, checkpoint.config, digest, shard, DTYPES[dtype], num_bytes, model_bytes, stored)
@@ -154,14 +152,22 @@ def load_model(
     return loaded
 
 
-def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[tuple[str, Part]]]:
-    """Of each of the checkpoint's tensors: the parameters that it holds, and what of it each is."""
-    held: dict[str, list[tuple[str, Part]]] = {}
-    for name, _ in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        part = getattr(model.get_submodule(owner), "parts", {}).get(leaf, WHOLE)
-        tensor, stored_part = places.place(name, part)
-        held.setdefault(tensor, []).append((name, stored_part))
+class _Held(NamedTuple):
+    """A parameter, by its module and the module's name for it, and what of a tensor it is."""
+
+    module: nn.Module
+    leaf: str
+    part: Part
+
+
+def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[_Held]]:
+    """Of each of the checkpoint's tensors: the parameters that it holds."""
+    held: dict[str, list[_Held]] = {}
+    for module_name, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            part = getattr(module, "parts", {}).get(leaf, WHOLE)
+            tensor, stored_part = places.place(f"{module_name}.{leaf}", part)
+            held.setdefault(tensor, []).append(_Held(module, leaf, stored_part))
     return held
 
 
@@ -196,18 +202,17 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> TensorPlaces:
 def weight_bytes(model: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> Iterator[tuple[str, int]]:
     """Names and bytes of a model's parameters as `dtype`, its matrices in `weight_format` where there is one."""
     for owner, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(owner, recurse=False):
-            of_module = format_of(module, weight_format) if leaf.endswith("weight") else None
+        for name, parameter in module.named_parameters(owner, recurse=False):
+            leaf = name.rpartition(".")[2]
+            of_module = format_of(module, weight_format) if leaf == "weight" else None
             num_bytes = None if of_module is None else of_module.num_bytes(*parameter.shape)
-            yield leaf, parameter.numel() * dtype.itemsize if num_bytes is None else num_bytes
+            yield name, parameter.numel() * dtype.itemsize if num_bytes is None else num_bytes
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a parameter, and what it calls it."""
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner), leaf
+def weights_size(model: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
+    """The bytes of `weight_bytes` together."""
+    return sum(num_bytes for _, num_bytes in weight_bytes(model, dtype, weight_format))
 
 
-def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
-    module, leaf = _owner(model, name)
+def _assign(module: nn.Module, leaf: str, values: torch.Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.config import DISK, EngineConfig, available_memory_bytes
-from engine.loader import weight_bytes
+from engine.loader import weights_size
 from engine.models.decoder_layer import DecoderLayer
 from engine.weights.quantized import WeightFormat
 from pdmesh.errors import ConfigError
@@ -56,9 +56,9 @@ def place_weights(
 
     Raises ConfigError where they do not fit, with what would.
     """
-    total_bytes = _num_bytes(model, dtype, weight_format)
+    total_bytes = weights_size(model, dtype, weight_format)
     movable = {
-        name: _num_bytes(module, dtype, weight_format)
+        name: weights_size(module, dtype, weight_format)
         for name, module in model.named_modules()
         if isinstance(module, DecoderLayer) or (output_waits and name == "lm_head")
     }
@@ -92,10 +92,6 @@ def place_weights(
         )
     elsewhere = {place: bytes_in[place] for place in limits if place != own and bytes_in[place]}
     return Placement(waiting, elsewhere, staged)
-
-
-def _num_bytes(module: nn.Module, dtype: torch.dtype, weight_format: WeightFormat | None) -> int:
-    return sum(num_bytes for _, num_bytes in weight_bytes(module, dtype, weight_format))
 
 
 def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:

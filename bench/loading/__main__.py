@@ -42,7 +42,7 @@ _CPU = torch.device("cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.loading", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a directory in bfloat16; default: the random Llama")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
@@ -65,9 +65,12 @@ def measure(model: Path, offload_dir: Path, turns: int, threads: int) -> dict[st
     config = EngineConfig(model=str(model), device="cpu", max_memory=max_memory, offload_dir=str(offload_dir))
     placement = place_weights(without_values, config, _CPU, torch.bfloat16, None, output_waits=True)
     runs: dict[str, list[Any]] = {"ours": [], "transformers": [], "offloaded": []}
+    for turn in range(turns + 1):
+        # Neither always comes first.
+        for way in ("ours", "transformers")[:: -1 if turn % 2 else 1]:
+            runs[way].append(_run(way, model, threads))
+    # Apart: what writes and deletes gigabytes slows what comes next.
     for _ in range(turns + 1):
-        runs["ours"].append(_run("ours", model, threads))
-        runs["transformers"].append(_run("transformers", model, threads))
         runs["offloaded"].append(_run("ours", model, threads, max_memory, str(offload_dir)))
     ours, theirs, offloaded = (of_way[1:] for of_way in runs.values())
     bandwidth = measure_bandwidth(offload_dir)

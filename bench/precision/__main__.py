@@ -15,13 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.engine.checkpoints import prepare
+from bench.engine.checkpoints import bench_cache, prepare
 from bench.engine.decoding import start_decoding
 from bench.machine import machine
 from bench.precision.perplexity import TEXT, WINDOW, perplexity, transformers_perplexity
+from bench.precision.reordered import write_reordered
 from engine.assembly import Assembly, assemble
 from engine.config import EngineConfig
-from engine.loader import DTYPES, load_model, weight_bytes
+from engine.loader import DTYPES, load_model, weights_size
 from engine.models import build_model
 from engine.weights.quantized import FORMATS
 from engine.weights.source import open_checkpoint
@@ -93,10 +94,7 @@ def measure(model: str, token_ids: list[int], *, threads: int, rounds: int, step
         Figures(
             dtype=dtype,
             quantization=quantization,
-            weight_bytes=sum(
-                num_bytes
-                for _, num_bytes in weight_bytes(build_model(config_of_model), DTYPES[dtype], FORMATS.get(quantization))
-            ),
+            weight_bytes=weights_size(build_model(config_of_model), DTYPES[dtype], FORMATS.get(quantization)),
             perplexity=perplexities[dtype, quantization],
             perplexity_change=perplexities[dtype, quantization] / perplexities[PRECISIONS[0]] - 1,
             step_ms=1e3 * best[dtype, quantization],
@@ -105,6 +103,13 @@ def measure(model: str, token_ids: list[int], *, threads: int, rounds: int, step
         )
         for dtype, quantization in PRECISIONS
     ]
+
+
+def _reordered(directory: Path) -> Path:
+    to = bench_cache() / f"{directory.name}-reordered"
+    if not (to / "config.json").exists():
+        write_reordered(directory, open_checkpoint(str(directory)).config, to)
+    return to
 
 
 def _table(figures: list[Figures], reference: float) -> Table:
@@ -129,6 +134,9 @@ def main() -> int:
         prog="python -m bench.precision", description="size, speed and perplexity of one model by precision"
     )
     parser.add_argument("--model", help="model directory, .gguf file or Hub id; default: the demo's")
+    parser.add_argument(
+        "--reordered", action="store_true", help="with columns in another order: the same function, in other groups"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
@@ -137,8 +145,11 @@ def main() -> int:
     try:
         model = options.model or str(smollm2())
         token_ids = load_text_model(model).encode(TEXT.read_text())
-        figures = measure(model, token_ids, threads=options.threads, rounds=options.rounds, steps=options.steps)
         directory = prepare(model, "float32", with_gguf=False).directory
+        if options.reordered:
+            directory = _reordered(directory)
+            model = str(directory)
+        figures = measure(model, token_ids, threads=options.threads, rounds=options.rounds, steps=options.steps)
         reference = transformers_perplexity(directory, token_ids, options.threads)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.lib.stride_tricks import as_strided
 
@@ -40,10 +41,10 @@ class MappedRows:
         self.file: WeightFile | None = rows.file
 
     @property
-    def addresses(self) -> torch.Tensor:
-        """Of its rows, int64."""
-        runs = [torch.arange(begin, begin + num * self._row_bytes, self._row_bytes) for begin, num in self._runs]
-        return runs[0] if len(runs) == 1 else torch.cat(runs)
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Of its rows."""
+        runs = [np.arange(begin, begin + num * self._row_bytes, self._row_bytes) for begin, num in self._runs]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     @property
     def num_bytes(self) -> int:
@@ -89,8 +90,8 @@ def address_rows(n: int, row_bytes: int, rows: Sequence[MappedRows], places: Seq
         row_bytes: That each row holds.
         places: Which outputs `rows` make. All others are zero: their row lies behind the addresses.
     """
-    table = torch.zeros(n + -(-row_bytes // 8), dtype=torch.int64)
-    table[:n] = table[n:].data_ptr()
+    table = np.zeros(n + -(-row_bytes // 8), np.int64)
+    table[:n] = table[n:].ctypes.data
     for of_matrix, outputs in zip(rows, places, strict=True):
-        table[outputs] = of_matrix.addresses
-    return table
+        table[outputs.numpy()] = of_matrix.addresses
+    return torch.from_numpy(table)

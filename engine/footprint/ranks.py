@@ -18,7 +18,7 @@ from engine.cpu.packing import Packer
 from engine.cpu.program import Program, Rows
 from engine.decoder_config import DecoderLayers, RotaryPositions
 from engine.footprint.peak import peak_step_bytes
-from engine.loader import DTYPES, weight_bytes
+from engine.loader import DTYPES, weight_bytes, weights_size
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.causal_lm import CausalLM
@@ -65,8 +65,8 @@ class RankMemory:
 
 def loaded_bytes(config: EngineConfig, model_config: ModelConfig, shard: Shard) -> int:
     """Of a rank's parameters when they are read, before an executor takes them."""
-    model, weight_format = _model(config, model_config, shard), FORMATS.get(config.quantization)
-    return sum(num_bytes for _, num_bytes in weight_bytes(model, DTYPES[config.dtype_name], weight_format))
+    model = _model(config, model_config, shard)
+    return weights_size(model, DTYPES[config.dtype_name], FORMATS.get(config.quantization))
 
 
 def placement_of(

@@ -15,6 +15,7 @@ from engine.models import (
     bloom,
     gemma2,
     gemma3,
+    gemma3_vision,
     gpt2,
     gpt_neox,
     llama,
@@ -32,7 +33,22 @@ from engine.models.family import Family, GgufTensorFacts, read_gguf, read_hf
 from engine.models.parallel_layers import Reduce, alone
 from engine.parallel.shard import Shard, shard_of
 
-_ALL = (bloom, gemma2, gemma3, gpt2, gpt_neox, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe)
+_ALL = (
+    bloom,
+    gemma2,
+    gemma3,
+    gemma3_vision,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 FAMILIES: dict[str, Family] = {module.FAMILY.architecture: module.FAMILY for module in _ALL}
 KNOWN_ARCHITECTURES = tuple(FAMILIES)
 _BY_GGUF_NAME = {family.gguf.name: family for family in FAMILIES.values() if family.gguf is not None}

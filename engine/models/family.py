@@ -4,7 +4,7 @@ What config files say of any decoder is read here; a family completes it with wh
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.config_fields import Fields
 from engine.model_config import LayersConfig, ModelConfig
@@ -17,6 +17,8 @@ _MAX_VOCAB_SIZE = 2**22
 MAX_HIDDEN_SIZE = 2**18
 MAX_INTERMEDIATE_SIZE = 2**20
 _MAX_LAYERS = 1024
+# Fields of a model of more than text that are not the text model's alone.
+_OF_WHOLE = ("eos_token_id", "tie_word_embeddings", "quantization_config")
 _MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 
@@ -70,6 +72,7 @@ class Family:
         intermediate_ratio: The MLP's columns by the hidden size, where config.json may leave them out.
         names: How checkpoints name and lay out tensors.
         gguf: None: not read from GGUF files.
+        text_group: The field of config.json that holds the text model's, of a model of more than text.
     """
 
     architecture: str
@@ -79,6 +82,7 @@ class Family:
     intermediate_ratio: int | None = None
     names: TensorNames = SAME_NAMES
     gguf: GgufFamily | None = None
+    text_group: str | None = None
 
 
 def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str) -> ModelConfig:
@@ -86,7 +90,9 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
 
     Raises ConfigError for a field that is missing or makes no sense.
     """
-    fields = Fields(fields.where, {**family.defaults, **fields.values}, names=family.field_names)
+    if family.text_group is not None:
+        fields = _of_text(fields, family.text_group)
+    fields = replace(fields, values={**family.defaults, **fields.values}, names=family.field_names)
     if fields.has("quantization_config"):
         fields.refuse(
             "quantization_config", "quantised safetensors are not supported; take the original or a GGUF file"
@@ -116,6 +122,15 @@ def read_hf(family: Family, fields: Fields, generation_fields: Fields, name: str
         layers=LayersConfig(),
     )
     return family.complete(fields, config)
+
+
+def _of_text(fields: Fields, group: str) -> Fields:
+    """The text model's, and what is said of the whole."""
+    of_text = fields.group(group)
+    if of_text is None:
+        fields.refuse(group, "must hold the text model's fields")
+    of_whole = {name: fields.values[name] for name in _OF_WHOLE if fields.has(name)}
+    return replace(of_text, values={**of_text.values, **of_whole})
 
 
 def read_gguf(family: Family, metadata: Fields, facts: GgufTensorFacts, name: str) -> ModelConfig:

@@ -163,3 +163,18 @@ def not_finite(tensor: StoredTensor, dtype: torch.dtype) -> ConfigError:
             "get the file anew"
         )
     return ConfigError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinity: get the file anew")
+
+
+def cut_short(tensor: StoredTensor) -> ConfigError:
+    """What to say where a file ends within a tensor that it held."""
+    return ConfigError(
+        f"{tensor.file}: ends within tensor {tensor.name}, which it held whole a moment ago: get the file anew, and "
+        "leave it alone while a model loads"
+    )
+
+
+def unreadable(tensor: StoredTensor, reason: str) -> ConfigError:
+    """What to say where the system cannot give a tensor's bytes."""
+    return ConfigError(
+        f"{tensor.file}: tensor {tensor.name} cannot be read ({reason}): check the disk, or get the file anew"
+    )

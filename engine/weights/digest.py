@@ -9,9 +9,10 @@ from pathlib import Path
 from engine.weights.checkpoint import Checkpoint
 from pdmesh.errors import ConfigError
 
-_SAMPLE_BYTES = 64 * 1024
-# Files of up to 4 MiB are read in full; of larger ones, first and last pieces and those evenly between.
-_MAX_SAMPLES = 64
+# Files up to this size are read in full; of larger ones, their first and last pieces and those evenly between.
+_SMALL_BYTES = 4 << 20
+_NUM_SAMPLES = 64
+_SAMPLE_BYTES = 16 << 10
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -36,15 +37,16 @@ def _update_with_file(digest: "hashlib._Hash", path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             size = file.seek(0, os.SEEK_END)
             digest.update(size.to_bytes(8, "little"))
-            for offset in _sample_offsets(size):
+            for offset, num_bytes in _samples(size):
                 file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
+                digest.update(file.read(num_bytes))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
 
 
-def _sample_offsets(size: int) -> list[int]:
-    if size <= _MAX_SAMPLES * _SAMPLE_BYTES:
-        return list(range(0, size, _SAMPLE_BYTES))
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Offset and length of each."""
+    if size <= _SMALL_BYTES:
+        return [(0, size)]
     last = size - _SAMPLE_BYTES
-    return [last * sample // (_MAX_SAMPLES - 1) for sample in range(_MAX_SAMPLES)]
+    return [(last * sample // (_NUM_SAMPLES - 1), _SAMPLE_BYTES) for sample in range(_NUM_SAMPLES)]

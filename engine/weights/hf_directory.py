@@ -1,22 +1,20 @@
 """A Hugging Face model directory: config.json and safetensors, in one file or in shards that an index lists."""
 
 import json
-import os
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config_fields import Fields
 from engine.model_config import ModelConfig
 from engine.models import FAMILIES, config_from_hf
-from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite
-from engine.weights.pages import open_to_read, release_pages
+from engine.weights.checkpoint import WHOLE, FileRows, Part, StoredTensor, check_finite, cut_short, unreadable
 from engine.weights.tensor_names import TensorNames
 from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
@@ -30,28 +28,23 @@ _INDEX = "model.safetensors.index.json"
 DOWNLOAD_PATTERNS = (_CONFIG, _GENERATION_CONFIG, _INDEX, "model*.safetensors")
 
 _MAX_JSON_BYTES = 64 * 2**20
-# How much of the mapped file is read before its pages are let go.
+# Read at a time, of what is converted or cut.
 _PIECE_BYTES = 8 * 2**20
-_ENCODING_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-# That whoever reads the files itself can read.
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ENCODINGS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class HfDirectory:
-    """The `Checkpoint` of a directory. Files stay mapped until it is garbage."""
+    """The `Checkpoint` of a directory. Files stay open until it is garbage."""
 
     def __init__(self, directory: Path, name: str) -> None:
         """Reads the config and the header of each safetensors file. Raises ConfigError."""
         self._directory = directory
         self._config = _read_config(directory, name)
-        shards = _shard_names(directory)
-        self._files = tuple(directory / shard for shard in shards)
-        self._tensors = {tensor.name: tensor for file in self._files for tensor in _stored_tensors(file)}
-        # Mapped for torch, as values are asked for.
-        self._shards: dict[Path, Any] = {}
-        self._layouts: dict[Path, _Layout] = {}
-        for shard, listed in shards.items():
-            self._check_listed(shard, listed)
+        listed = _shard_names(directory)
+        self._shards = {file: _open_shard(file) for file in (directory / shard for shard in listed)}
+        self._tensors = {tensor.name: tensor for shard in self._shards.values() for tensor in shard.tensors}
+        for shard, names in listed.items():
+            self._check_listed(shard, names)
 
     @property
     def config(self) -> ModelConfig:
@@ -59,7 +52,7 @@ class HfDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return self._files
+        return tuple(self._shards)
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -71,39 +64,33 @@ class HfDirectory:
 
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         stored = self._tensors[name]
-        if len(stored.shape) != 2 or part.transposed or stored.encoding not in _PLAIN:
+        if len(stored.shape) != 2 or part.transposed or stored.encoding == "F64":
             return None
-        if stored.file not in self._layouts:
-            self._layouts[stored.file] = _read_layout(stored.file)
-        layout = self._layouts[stored.file]
-        return FileRows.of(stored, part, _PLAIN[stored.encoding], layout.file, layout.offsets[name])
+        shard = self._shards[stored.file]
+        return FileRows.of(stored, part, _ENCODINGS[stored.encoding], shard.file, shard.offsets[name])
 
     def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
         stored = self._tensors[name]
-        # Copied even where the dtype is right: nobody sees to it that the file stays as it is.
+        shard, encoding = self._shards[stored.file], _ENCODINGS[stored.encoding]
+        row_bytes = stored.num_bytes // max(stored.shape[0], 1)
+        rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
         values = torch.empty(part.shape_of(stored.shape), dtype=dtype)
-        if stored.file not in self._shards:
-            self._shards[stored.file] = _open_shard(stored.file, "pt")
-        try:
-            lazy = self._shards[stored.file].get_slice(name)
-            if values.dim() == 0:
-                values.copy_(lazy[...])
-                check_finite(values, stored)
-                return values
-            whole = _bytes_of(lazy[...])
-            row_bytes = stored.num_bytes // max(stored.shape[0], 1)
-            rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
-            for rows, columns, place in _blocks(part, stored.shape, values):
-                for first in range(0, len(rows), rows_each):
-                    piece = rows[first : first + rows_each]
-                    # From views of the mapped file.
-                    of_piece = place[first : first + len(piece)]
-                    of_piece.copy_(lazy[(slice(piece.start, piece.stop), *columns)])
-                    check_finite(of_piece, stored)
-                    # The whole: systems map more of a file than is asked for, on both sides of a piece.
-                    release_pages(whole)
-        except SafetensorError as error:
-            raise ConfigError(f"{stored.file}: tensor {name} cannot be read ({error}): get the file anew") from error
+        for rows, columns, place in _blocks(part, stored.shape, values):
+            # As they lie, whole rows can be read to their place.
+            as_stored = dtype == encoding and not columns
+            for first in range(0, len(rows), rows_each):
+                piece = rows[first : first + rows_each]
+                of_piece = place[first : first + len(piece)]
+                lying = of_piece if as_stored else torch.empty((len(piece), *stored.shape[1:]), dtype=encoding)
+                try:
+                    shard.file.read(shard.offsets[name] + piece.start * row_bytes, lying)
+                except EOFError:
+                    raise cut_short(stored) from None
+                except OSError as error:
+                    raise unreadable(stored, str(error.strerror)) from error
+                if not as_stored:
+                    of_piece.copy_(lying[(slice(None), *columns)])
+                check_finite(of_piece, stored)
         return values
 
     def _check_listed(self, shard: str, listed: frozenset[str]) -> None:
@@ -131,11 +118,6 @@ def _blocks(
             yield run, columns, place
 
 
-def _bytes_of(mapped: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a contiguous tensor, where they lie."""
-    return mapped.flatten().view(torch.uint8).numpy()
-
-
 def _read_config(directory: Path, name: str) -> ModelConfig:
     path, generation_path = directory / _CONFIG, directory / _GENERATION_CONFIG
     generation = _read_json(generation_path) if generation_path.exists() else {}
@@ -160,54 +142,37 @@ def _shard_names(directory: Path) -> dict[str, frozenset[str]]:
     return {shard: frozenset(shards[shard]) for shard in sorted(shards)}
 
 
-def _open_shard(file: Path, framework: Literal["np", "pt"]) -> Any:
-    """A handle of the safetensors library, which publishes no types. It checks the header against the file's size.
-
-    For torch, the system is asked for as much memory as the file is long, though but pages that are read take any; for
-    numpy, which cannot read all encodings, it is not.
-    """
-    if not file.exists():
-        raise ConfigError(f"{file}: is listed in {_INDEX} and missing: get this shard too")
-    # The library calls a file that it may not read one that is not there.
-    os.close(open_to_read(file))
-    try:
-        return safe_open(file, framework=framework)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file}: not a whole safetensors file ({error}): get it anew") from error
-    except RuntimeError as error:
-        raise ConfigError(f"{file}: cannot be mapped ({error}): take a copy of the model in smaller shards") from error
-
-
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where tensors lie in an open file."""
+class _Shard:
+    """An open safetensors file: the tensors in it, in the order in which they lie, and where each begins."""
 
     file: WeightFile
+    tensors: tuple[StoredTensor, ...]
     offsets: Mapping[str, int]
 
 
-def _read_layout(file: Path) -> _Layout:
-    """Of a file whose header the library has checked. https://github.com/huggingface/safetensors#format"""
-    opened = WeightFile(file)
-    header_bytes = int.from_bytes(os.pread(opened.descriptor, 8, 0), "little")
-    header = json.loads(os.pread(opened.descriptor, header_bytes, 8))
-    header.pop("__metadata__", None)
-    first = 8 + header_bytes
-    return _Layout(opened, {name: first + tensor["data_offsets"][0] for name, tensor in header.items()})
-
-
-def _stored_tensors(file: Path) -> list[StoredTensor]:
-    shard = _open_shard(file, "np")
+def _open_shard(path: Path) -> _Shard:
+    """https://github.com/huggingface/safetensors#format. Raises ConfigError."""
+    if not path.exists():
+        raise ConfigError(f"{path}: is listed in {_INDEX} and missing: get this shard too")
+    file = WeightFile(path)
+    try:
+        # It checks the header against the file's size: tensors lie one behind the other, to the end. For numpy, which
+        # cannot read all encodings, the system is not asked for as much memory as the file is long.
+        header: Any = safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: not a whole safetensors file ({error}): get it anew") from error
     tensors = []
-    for name in shard.offset_keys():
-        header = shard.get_slice(name)
-        shape, encoding = tuple(header.get_shape()), header.get_dtype()
-        if encoding not in _ENCODING_BYTES:
-            known = ", ".join(_ENCODING_BYTES)
-            raise ConfigError(f"{file}: tensor {name} is stored as {encoding}: supported are {known}")
-        num_bytes = torch.Size(shape).numel() * _ENCODING_BYTES[encoding]
-        tensors.append(StoredTensor(name, shape, encoding, num_bytes, file))
-    return tensors
+    for name in header.offset_keys():
+        tensor = header.get_slice(name)
+        shape, encoding = tuple(tensor.get_shape()), tensor.get_dtype()
+        if encoding not in _ENCODINGS:
+            raise ConfigError(f"{path}: tensor {name} is stored as {encoding}: supported are {', '.join(_ENCODINGS)}")
+        num_bytes = math.prod(shape) * _ENCODINGS[encoding].itemsize
+        tensors.append(StoredTensor(name, shape, encoding, num_bytes, path))
+    first = file.num_bytes - sum(tensor.num_bytes for tensor in tensors)
+    begins = accumulate((tensor.num_bytes for tensor in tensors), initial=first)
+    return _Shard(file, tuple(tensors), {tensor.name: begin for tensor, begin in zip(tensors, begins, strict=False)})
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -53,7 +53,7 @@ class TensorPlaces:
     def is_redundant(self, stored: str) -> bool:
         """Whether a stored tensor that the model does not ask for is known to be of no use."""
         tied = "lm_head.weight" not in self._shapes and stored == self.place_of_output()
-        return tied or stored.endswith(self._names.redundant)
+        return tied or stored.endswith(self._names.redundant) or stored.startswith(self._names.not_read)
 
     def place_of_output(self) -> str:
         """The name under which an output matrix would be stored."""

@@ -17,6 +17,10 @@ from pdmesh.errors import ConfigError
 
 GROUP = 32
 
+# How often the range of 4 bits is fitted. SmolLM2 with its columns in another order, so that groups are not its file's,
+# has 28 % more perplexity with none, 21 % with three, and hardly less with six.
+_FITS = 3
+
 # Quantised at a time: float32 values that stay in the processor's cache.
 _PIECE_VALUES = 1 << 16
 
@@ -192,31 +196,55 @@ def embedding(token_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
     return F.embedding(token_ids, weight)
 
 
+# Float16 scales and minima [m, groups].
+_Ranges = tuple[torch.Tensor, torch.Tensor]
+
+
 def _ranges_int8(groups: torch.Tensor) -> tuple[torch.Tensor, None]:
     """Float16 scales [m, groups] of groups [m, groups, GROUP]."""
     return (groups.abs().amax(-1) / 127).half(), None
 
 
-def _ranges_int4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float16 scales and minima [m, groups]: from the least value to the largest, or symmetric around 0, by the
-    smaller squared error."""
+def _ranges_int4(groups: torch.Tensor) -> _Ranges:
+    """From the least value to the largest, or symmetric around 0; then, while that helps, the line through the nearest
+    integers: the smallest squared error of these."""
     low, high = groups.aminmax(dim=-1)
-    scales, minima = ((high - low) / 15).half(), low.half()
     # As Q4_0: the value of the largest size is -8 scales.
     symmetric = (torch.where(high.abs() > low.abs(), high, low) / -8).half()
-    symmetric_minima = symmetric * -8
-    better = _errors(groups, symmetric, symmetric_minima) < _errors(groups, scales, minima)
-    return torch.where(better, symmetric, scales), torch.where(better, symmetric_minima, minima)
+    ranges = _better(groups, (((high - low) / 15).half(), low.half()), (symmetric, symmetric * -8))
+    for _ in range(_FITS):
+        ranges = _better(groups, ranges, _fitted(groups, ranges))
+    return ranges
 
 
-def _errors(groups: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> torch.Tensor:
-    """The sum of squares [m, groups], halves added to halves: so do the kernels, and take the same of two ranges."""
-    integers = _integers(groups, scales, minima, INT4)
-    squares = (groups - (integers * scales.float()[..., None] + minima.float()[..., None])).square()
-    while squares.shape[-1] > 1:
-        first, second = squares.chunk(2, dim=-1)
-        squares = first + second
-    return squares[..., 0]
+def _better(groups: torch.Tensor, ranges: _Ranges, others: _Ranges) -> _Ranges:
+    """Of each group, the range of less error, the first if equal."""
+    better = _errors(groups, others) < _errors(groups, ranges)
+    scales, minima = (torch.where(better, other, one) for one, other in zip(ranges, others, strict=True))
+    return scales, minima
+
+
+def _errors(groups: torch.Tensor, ranges: _Ranges) -> torch.Tensor:
+    """The sums of squares [m, groups]."""
+    scales, minima = (of_groups.float()[..., None] for of_groups in ranges)
+    return _sum((groups - (_integers(groups, *ranges, INT4) * scales + minima)).square())
+
+
+def _fitted(groups: torch.Tensor, ranges: _Ranges) -> _Ranges:
+    """The ranges by which these integers come nearest to the values, by least squares; NaN where all are the same."""
+    integers = _integers(groups, *ranges, INT4)
+    of_integers, of_values = _sum(integers), _sum(groups)
+    products, squares = GROUP * _sum(integers * groups), GROUP * _sum(integers.square())
+    scales = ((products - of_integers * of_values) / (squares - of_integers.square())).half()
+    return scales, ((of_values - scales.float() * of_integers) / GROUP).half()
+
+
+def _sum(groups: torch.Tensor) -> torch.Tensor:
+    """Of each group, halves added to halves: so do the kernels, to the same bits."""
+    while groups.shape[-1] > 1:
+        first, second = groups.chunk(2, dim=-1)
+        groups = first + second
+    return groups[..., 0]
 
 
 def _integers(

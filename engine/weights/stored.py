@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.weights.checkpoint import Checkpoint, FileRows, Part, StoredTensor, not_finite, part_bytes
+from engine.weights.checkpoint import (
+    Checkpoint,
+    FileRows,
+    Part,
+    StoredTensor,
+    cut_short,
+    not_finite,
+    part_bytes,
+    unreadable,
+)
 from engine.weights.quantized import GROUP, QuantizedWeight, Quantizer, WeightFormat
 from pdmesh.errors import ConfigError
 
@@ -94,13 +103,7 @@ class StoredMatrix:
         return not_finite(self.tensor, self.dtype)
 
     def cut_short(self) -> ConfigError:
-        return ConfigError(
-            f"{self.tensor.file}: ends within tensor {self.tensor.name}, which it held whole a moment ago: "
-            "get the file anew, and leave it alone while a model loads"
-        )
+        return cut_short(self.tensor)
 
     def unreadable(self, reason: str) -> ConfigError:
-        return ConfigError(
-            f"{self.tensor.file}: tensor {self.tensor.name} cannot be read ({reason}): check the disk, or get the "
-            "file anew"
-        )
+        return unreadable(self.tensor, reason)

@@ -41,6 +41,7 @@ class TensorNames:
         transposed: Matrices of the layers are stored [inputs, outputs].
         optional_prefix: Of stored names; some checkpoints leave it out of all of them.
         redundant: What other tensors, computed here or of no use, end with.
+        not_read: What those of another model in the same checkpoint begin with.
     """
 
     top: Mapping[str, str] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class TensorNames:
     transposed: bool = False
     optional_prefix: str = ""
     redundant: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    not_read: tuple[str, ...] = ()
 
     def stored(self, module: str) -> str:
         """The stored name of a module that is not fused with others."""

@@ -5,6 +5,8 @@ import os
 import weakref
 from pathlib import Path
 
+import torch
+
 from engine.weights.pages import open_to_read
 from pdmesh.errors import UnavailableError
 
@@ -33,6 +35,14 @@ class WeightFile:
     def num_bytes(self) -> int:
         """That it holds now."""
         return self._size_and_time()[0]
+
+    def read(self, offset: int, values: torch.Tensor) -> None:
+        """Reads what lies from `offset` on into contiguous values. Raises OSError, EOFError where the file ends."""
+        left = values.flatten().view(torch.uint8).numpy().data
+        while left:
+            if not (num_bytes := os.preadv(self.descriptor, [left], offset)):
+                raise EOFError
+            left, offset = left[num_bytes:], offset + num_bytes
 
     def mapped(self) -> memoryview:
         """All of it, for reading, without taking memory: pages come as they are used, and count as this process' then.

@@ -14,7 +14,10 @@ from tests.rank_groups import Answer, alone, arrivals, assert_same, config, grou
 GROUPS = [(2, 1), (4, 1), (1, 2), (2, 2), (1, 3)]
 KERNELS = ["auto", "torch"]
 CHUNKS = [1, 7, 64, 512]
-SHAPES = [*tiny_llamas.SHAPES, *tiny_models.SHAPES, *tiny_families.SHAPES]
+# Texts of "bloom" run in circles; "bloom-heads" is like it, but for its output matrix.
+SHAPES = [*tiny_llamas.SHAPES, *tiny_models.SHAPES, *(shape for shape in tiny_families.SHAPES if shape != "bloom")]
+# Two layers, and two heads.
+TOO_MANY = [("opt-post", (1, 3)), ("gpt-neox-sequential", (4, 1))]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ FEW = [
 ALL = [
     Case(shape, tp, pp, kernels, CHUNKS[number % len(CHUNKS)])
     for number, (shape, (tp, pp), kernels) in enumerate(itertools.product(SHAPES, GROUPS, KERNELS))
+    if (shape, (tp, pp)) not in TOO_MANY
 ]
 # Of each family, what its layers have that Llama's have not.
 OF_FAMILIES = [

@@ -3,6 +3,7 @@
 #include "decoder.h"
 
 extern "C" void pdmesh_run_bfloat16(const pdmesh::Decoder* decoder, const pdmesh::Step* step,
-                                       const pdmesh::Operation* operations, int64_t num_operations, int32_t num_threads) {
+                                    const pdmesh::Operation* operations, int64_t num_operations,
+                                    int32_t num_threads) {
   pdmesh::run<pdmesh::BFloat16>(*decoder, *step, operations, num_operations, num_threads);
 }

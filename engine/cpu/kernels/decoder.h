@@ -1,4 +1,5 @@
-// A step of a decoder: a list of operations over the step's rows, run by one team of threads from the first to the last.
+// A step of a decoder: a list of operations over the step's rows, run by one team of threads from the first to the
+// last.
 //
 // Residuals and sums are float32; what a product reads (normed rows, attention's output, activations)
 // and K and V are the weights' type.
@@ -87,7 +88,7 @@ class StepRun {
     }
   }
 
-  // Calls work(packed matrix) with the operation's.
+  // Calls work(matrix) with the operation's.
   template <class Work>
   static void with_matrix(const Operation& op, const Work& work) {
     switch (op.format) {
@@ -114,7 +115,7 @@ class StepRun {
     return op.rows == Rows::kTokens ? step_.num_tokens : int64_t(output_rows_.size());
   }
 
-  // Rows of the (packed) embedding, widened.
+  // Rows of the embedding, widened.
   void embed(Team& team, const Operation& op) const {
     with_matrix(op, [&](const auto& table) {
       team.for_each(step_.num_tokens, [&](int64_t row) {

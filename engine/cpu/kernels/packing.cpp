@@ -312,8 +312,8 @@ int64_t pdmesh_check_rows_bfloat16(const char* rows, int64_t num_rows, int64_t r
   return pdmesh::check_rows<pdmesh::BFloat16>(rows, num_rows, row_bytes, k, num_threads);
 }
 
-// Stores rows of a matrix with k columns into a packed one, which begins with a cache line: row rows[i] becomes its column i, for num_columns from the
-// panel at `packed` on; where rows[i] is negative, the column is left as it is.
+// Stores rows of a matrix with k columns into a packed one, which begins with a cache line: row rows[i] becomes its
+// column i, for num_columns from the panel at `packed` on; where rows[i] is negative, the column is left as it is.
 int64_t pdmesh_pack_float32(float* packed, int64_t k, const int64_t* rows, int64_t num_columns,
                             const pdmesh::Source* source, int32_t num_threads) {
   return pdmesh::pack<pdmesh::Float32>(packed, k, rows, num_columns, *source, num_threads);

@@ -7,6 +7,9 @@
 namespace pdmesh {
 namespace {
 
+// How often the range of 4 bits is fitted.
+constexpr int kFits = 3;
+
 // One group of a row of floats.
 struct Group {
   f32x16 low, high;
@@ -38,6 +41,17 @@ struct Range {
   float error(const Group& group) const {
     return horizontal_sum(squared_errors(group.low) + squared_errors(group.high));
   }
+
+  // The range by which these integers come nearest to the group's values, by least squares; NaN if all are the same.
+  Range fitted(const Group& group) const {
+    const f32x16 low = integers(group.low, 0.0f, 15.0f), high = integers(group.high, 0.0f, 15.0f);
+    const float of_integers = horizontal_sum(low + high), of_values = horizontal_sum(group.low + group.high);
+    const float products = kGroup * horizontal_sum(low * group.low + high * group.high);
+    const float squares = kGroup * horizontal_sum(low * low + high * high);
+    const float fit =
+        rounded_to_half((products - of_integers * of_values) / (squares - of_integers * of_integers));
+    return {fit, rounded_to_half((of_values - fit * of_integers) / kGroup)};
+  }
 };
 
 inline Range choose_range(Int8, const Group& group) {
@@ -45,14 +59,24 @@ inline Range choose_range(Int8, const Group& group) {
   return {rounded_to_half(horizontal_max(maximum(low, high)) / 127.0f), 0.0f};
 }
 
-// From the least value to the largest, or symmetric around 0, by the smaller squared error.
+// From the least value to the largest, or symmetric around 0; then, while that helps, the line through the nearest
+// integers: the smallest squared error of these.
 inline Range choose_range(Int4, const Group& group) {
   const float high = horizontal_max(maximum(group.low, group.high));
   const float low = -horizontal_max(maximum(-group.low, -group.high));
-  const Range whole = {rounded_to_half((high - low) / 15.0f), rounded_to_half(low)};
+  Range range = {rounded_to_half((high - low) / 15.0f), rounded_to_half(low)};
+  float error = range.error(group);
+  const auto try_range = [&](const Range& other) {
+    const float of_other = other.error(group);
+    const bool better = of_other < error;
+    if (better) range = other, error = of_other;
+    return better;
+  };
   const float scale = rounded_to_half((std::fabs(high) > std::fabs(low) ? high : low) / -8.0f);
-  const Range symmetric = {scale, rounded_to_half(scale * -8.0f)};
-  return symmetric.error(group) < whole.error(group) ? symmetric : whole;
+  try_range({scale, rounded_to_half(scale * -8.0f)});
+  for (int fit = 0; fit < kFits && try_range(range.fitted(group)); ++fit) {
+  }
+  return range;
 }
 
 inline void store_integers(Int8, const Range& range, const Group& group, uint8_t* to) {

@@ -201,6 +201,20 @@ def test_truncated_file(single: Path, keep: int) -> None:
     assert message.endswith("): get it anew")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_is_cut_short_after_it_was_opened(single: Path, dtype: torch.dtype) -> None:
+    checkpoint, file = open_checkpoint(str(single)), single / "model.safetensors"
+    last = list(checkpoint.tensors)[-1]
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 1)
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.read(last, dtype)
+    assert caught.value.message == (
+        f"{file}: ends within tensor {last}, which it held whole a moment ago: get the file anew, and leave it alone "
+        "while a model loads"
+    )
+
+
 def test_absurd_header_size(single: Path) -> None:
     file = single / "model.safetensors"
     file.write_bytes(struct.pack("<Q", 2**62) + file.read_bytes()[8:])
@@ -237,7 +251,7 @@ def test_digest_samples_ends_and_middle_of_large_files(single: Path) -> None:
     file = single / "model.safetensors"
     size = file.stat().st_size
     seen = {model_digest(checkpoint)}
-    for offset in (size - 1, size - 65536, size // 63 * 31):
+    for offset in (size - 1, size - 16384, size // 63 * 31):
         with file.open("r+b") as stream:
             stream.seek(offset)
             stream.write(b"\x01")

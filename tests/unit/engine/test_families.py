@@ -66,8 +66,12 @@ def on_kernels(directory: Path, texts: Sequence[Sequence[int]], dtype: str = "fl
 WAYS = pytest.mark.parametrize("way", [in_torch, on_kernels, mapped])
 
 
+def is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).abs().max() < TOLERANCE * expected.abs().max())
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (actual - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert is_close(actual, expected)
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -91,7 +95,7 @@ def test_chunked_prefill_equals_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [in_torch, on_kernels])
+@WAYS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     # Longrope is served up to the trained length.
@@ -106,7 +110,12 @@ def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., T
             texts.step({text: len(ids)})
         # Of so many tokens a few nearly tie: which one is first is left to rounding.
         for text, ids in enumerate(tokens):
-            assert_close(texts.logits_of(text), reference_logits(tiny(shape), ids))
+            near = is_close(texts.logits_of(text), reference_logits(tiny(shape), ids))
+            # Of some shapes and long prompts transformers' float32 is itself 2e-5 from its float64. What adds up in
+            # another order is as near to one of them.
+            if way is mapped and not near:
+                near = is_close(texts.logits_of(text), reference_logits(tiny(shape), ids, torch.float64))
+            assert near, f"{len(ids)} tokens"
 
 
 @WAYS

@@ -1,14 +1,16 @@
 """Checkpoints as families lay them out: older ones with other names, and ranks that read parts of fused maps."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from engine.loader import LoadedModel, Split, load_model
 from pdmesh.errors import ConfigError
-from tests.texts import CPU, load
+from tests.texts import CPU, Texts, load, random_text, reference_logits
 from tests.tiny_families import make_tiny_family
 
 # The stored prefix that older checkpoints leave out, and what they hold besides.
@@ -96,3 +98,24 @@ def test_ranks_together_have_the_model(tmp_path: Path, shape: str) -> None:
         else:
             by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
             assert torch.equal(torch.cat(parts, dim=1 if by_columns else 0), values), name
+
+
+def test_of_a_model_that_sees_images_the_text_model_is_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {
+        **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config_json = json.loads(path.read_text())
+    # As published: what is the default is not said.
+    path.write_text(json.dumps({**config_json, "text_config": text}))
+    texts = Texts(load(tmp_path), [random_text(40)])
+    texts.step({0: 40})
+    expected = reference_logits(tmp_path, texts.texts[0])
+    assert (texts.logits_of(0) - expected).abs().max() < 2e-5 * expected.abs().max()

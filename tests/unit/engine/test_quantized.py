@@ -49,6 +49,16 @@ def test_values_are_off_by_half_a_step_at_most(name: str, shape: tuple[int, int]
     assert (errors.abs() <= allowed).all()
 
 
+def test_ranges_of_4_bits_are_fitted_to_the_values() -> None:
+    matrix = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    groups = matrix.view(64, -1, 32)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    steps = (high - low) / 15
+    from_least_to_largest = ((groups - low) / steps).round() * steps + low
+    errors = (quantize(matrix, FORMATS["int4"]).dequantized().view(groups.shape) - groups).square()
+    assert errors.sum() < 0.88 * (from_least_to_largest - groups).square().sum()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernels_quantise_to_the_same_bits(name: str, shape: tuple[int, int]) -> None:

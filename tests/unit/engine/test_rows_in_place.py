@@ -3,6 +3,9 @@
 import asyncio
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -22,6 +25,7 @@ from engine.loader import load_model
 from engine.local_engine import LocalEngine
 from engine.request import Request
 from engine.weights.weight_file import WeightFile, WeightsChangedError
+from pdmesh import host_memory
 from pdmesh.errors import ConfigError, UnavailableError
 from pdmesh.sampling import SamplingParams
 from tests.texts import load, packed_for
@@ -171,6 +175,35 @@ def test_who_writes_to_a_file_is_noticed_and_who_replaces_it_is_not(tmp_path: Pa
     with pytest.raises(WeightsChangedError, match=rf"^{path}: was written to while a model computes with it: start"):
         other.check_unchanged()
     opened.check_unchanged()
+
+
+_CUT_SHORT = """
+import os, sys
+from engine.assembly import assemble
+from engine.config import EngineConfig
+from engine.loader import load_model
+from engine.api import EngineRequest
+from engine.request import Request
+from pdmesh.sampling import SamplingParams
+
+config = EngineConfig(model=sys.argv[1], dtype="float32", device="cpu", num_threads=1, num_blocks=9, weights="mapped")
+core = assemble(config, load_model, lambda done, total: None).core
+os.truncate(os.path.join(sys.argv[1], "model.safetensors"), 10_000)
+core.scheduler.add(Request(EngineRequest("r", (1, 2, 3), SamplingParams())))
+print(core.step())
+"""
+
+
+def test_a_file_that_is_cut_short_ends_the_process_without_an_answer(single: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _CUT_SHORT, str(single)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGBUS, "")
+
+
+def test_pages_of_mapped_weights_are_not_free_for_the_kv_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_machine_free_bytes", lambda meminfo: 10 << 30)
+    for of_container, mapped, free in ((1 << 62, 4, 6), (1 << 62, 11, 0), (5 << 30, 4, 5)):
+        monkeypatch.setattr(host_memory, "_cgroup_free_bytes", lambda cgroup, free=of_container: free)
+        assert host_memory.available_host_bytes(mapped << 30) == free << 30
 
 
 async def test_an_engine_whose_weights_are_written_to_ends_before_it_says_a_wrong_token(single: Path) -> None:
