@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import cast
 
@@ -214,13 +214,16 @@ async def test_who_does_not_know_the_token_moves_nothing(steering: str) -> None:
 
 
 async def called(address: str, method: str, *requests: pb.ReceiveRequest | pb.SendRequest) -> grpc.StatusCode:
-    """How a node ends a call that says this; it may hear no more."""
+    """How a node ends a call that says this. What it answers before is read: gRPC tells a status only behind it."""
     channels = ChannelPool()
     call = getattr(kv_node_pb2_grpc.KVNodeStub(channels.get(address)), method)()
     try:
         async with asyncio.timeout(PATIENCE_S):
             for request in requests:
                 await call.write(request)
+            with suppress(grpc.aio.AioRpcError):
+                while await call.read() is not grpc.aio.EOF:
+                    pass
             return cast(grpc.StatusCode, await call.code())
     finally:
         call.cancel()
