@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,12 +153,17 @@ def random_text(length: int, seed: int = 0) -> list[int]:
     return torch.randint(320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def reference_logits(directory: Path, text: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    # Transformers' faster way to compute experts knows no float64.
+@lru_cache(maxsize=2)
+def reference_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Transformers' model of a checkpoint."""
+    # Its faster way to compute experts knows no float64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **experts)
+
+
+def reference_logits(directory: Path, text: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     with torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **experts)
-        logits: torch.Tensor = model(torch.tensor([text])).logits[0]
+        logits: torch.Tensor = reference_model(directory, dtype)(torch.tensor([text])).logits[0]
     return logits
 
 

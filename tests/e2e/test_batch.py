@@ -122,6 +122,7 @@ async def test_killed_and_started_again_it_ends_as_if_nothing_had_been(tiny_mode
         await mesh.assert_idle()
 
 
+@pytest.mark.slow
 async def test_the_mesh_dies_under_it_and_comes_back(tiny_model: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     write_input(source)

@@ -57,8 +57,8 @@ PAIRS = [
     ("", "--pp 2", "many_heads"),
     ("--tp 2 --pp 2", "--tp 2 --pp 2", "many_heads"),
 ]
-# One of each kind is enough of a warning; all of them are slow.
-QUICK = [Case("", "--tp 4", "shm", "gqa"), Case("--tp 2", "--tp 3", "tcp"), Case("--pp 2", "", "grpc")]
+# Two are enough of a warning; all of them are slow.
+QUICK = [Case("", "--tp 4", "shm", "gqa"), Case("--tp 2", "--tp 3", "tcp")]
 CASES = [Case(*pair[:2], transport, pair[2]) for pair in PAIRS for transport in ("shm", "tcp", "grpc")]
 PARAMS = [pytest.param(case, id=str(case), marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 

@@ -123,6 +123,7 @@ def test_stores_and_tiers_show_what_they_keep(
         assert_gone(family)
 
 
+@pytest.mark.slow
 def test_workers_of_several_ranks_mend_themselves(
     tiny_model: Path, unused_tcp_port: int, environment: dict[str, str]
 ) -> None:

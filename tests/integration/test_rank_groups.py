@@ -53,21 +53,14 @@ ALL = [
     for number, (shape, (tp, pp), kernels) in enumerate(itertools.product(SHAPES, GROUPS, KERNELS))
     if (shape, (tp, pp)) not in TOO_MANY
 ]
-# Of each family, what its layers have that Llama's have not.
+# What layers of families have that Llama's have not, and that is split.
 OF_FAMILIES = [
-    Case("qwen2-window", tp=2, chunk=64),
-    Case("qwen3-narrow", pp=2, chunk=7),
-    Case("mistral-window", tp=2, chunk=64),
-    Case("phi3-window", pp=2, chunk=7),
     Case("phi3-partial", tp=2, chunk=64),
-    Case("gemma2", tp=2, chunk=64),
     Case("gemma3", pp=2, chunk=7),
     Case("gpt2", tp=2, chunk=64),
-    Case("opt", pp=2, chunk=7),
     Case("opt-post", tp=2, pp=2, chunk=64),
     Case("bloom-heads", tp=2, chunk=64),
     Case("gpt-neox", tp=2, chunk=64),
-    Case("mixtral", tp=2, chunk=64),
     Case("qwen3-moe-some", tp=2, pp=2),
 ]
 

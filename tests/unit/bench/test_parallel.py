@@ -138,6 +138,7 @@ def test_sums_of_two_processes_are_right_and_timed() -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_pipeline_computes_every_cut_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.parallel.models.bench_cache", lambda: tmp_path)
     model = llama_config(

@@ -112,8 +112,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
     return model
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        *((shape, "auto") for shape in SHAPES),
+        *(pytest.param(shape, "torch", marks=() if shape == "gqa" else pytest.mark.slow) for shape in SHAPES),
+    ],
+)
 def test_tokens_are_those_of_the_request_alone(
     models: Callable[[str], tuple[Path, dict[tuple[int, bool], list[int]]]], shape: str, kernels: str
 ) -> None:

@@ -1,11 +1,11 @@
 """Models of each family give the logits and tokens of transformers: in torch and on the kernels, in any chunks."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.assembly import assemble
 from engine.cpu.build import BuildError, kernels_path, this_target
@@ -15,7 +15,7 @@ from engine.executor import ModelExecutor
 from engine.kv_cache import KVCache
 from engine.loader import DTYPES, LoadedModel, load_model
 from tests.rank_groups import alone, arrivals, assert_same, config, serve
-from tests.texts import Texts, load, packed_for, random_text, reference_logits
+from tests.texts import Texts, load, packed_for, random_text, reference_logits, reference_model
 from tests.tiny_families import SHAPES, make_tiny_family
 
 LENGTHS = (150, 97, 33, 16, 1)
@@ -118,27 +118,33 @@ def test_prompts_of_any_length(tiny: Callable[[str], Path], way: Callable[..., T
             assert near, f"{len(ids)} tokens"
 
 
+@lru_cache(maxsize=1)
+def generated(directory: Path, prompt: Sequence[int]) -> list[int]:
+    """The prompt and 64 greedy tokens of transformers."""
+    tokens: torch.Tensor = reference_model(directory).generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0]
+    return tokens.tolist()
+
+
 @WAYS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_generate(tiny: Callable[[str], Path], way: Callable[..., Texts], shape: str) -> None:
     prompt = random_text(41)
-    with torch.inference_mode():
-        expected = AutoModelForCausalLM.from_pretrained(tiny(shape)).generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=64,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0]
-    assert len(set(expected[len(prompt) :].tolist())) > 20
+    expected = generated(tiny(shape), tuple(prompt))
+    assert len(set(expected[len(prompt) :])) > 20
     texts = way(tiny(shape), [[*prompt, *[0] * 64]])
     texts.step({0: len(prompt)})
     for index in range(len(prompt), len(expected)):
         texts.texts[0][index] = int(texts.logits[0][-1][-1].argmax())
         if index + 1 < len(expected):
             texts.step({0: 1})
-    assert texts.texts[0] == expected.tolist()
+    assert texts.texts[0] == expected
 
 
 @WAYS
@@ -194,10 +200,10 @@ def test_on_kernels_a_row_has_the_same_bits_however_steps_are_cut_and_mixed(
     together.step({1: 64, 2: 5, 0: 1})
     together.step({0: 90, 3: 16, 2: 27})
     together.step({2: 1, 4: 1, 1: 32, 0: 22})
+    alone = on_kernels(tiny(shape), tokens, dtype, maps=maps)
     for text, ids in enumerate(tokens):
-        alone = on_kernels(tiny(shape), [ids], dtype, maps=maps)
-        alone.step({0: len(ids)})
-        assert torch.equal(together.logits_of(text), alone.logits_of(0))
+        alone.step({text: len(ids)})
+        assert torch.equal(together.logits_of(text), alone.logits_of(text))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 22])
