@@ -1,6 +1,5 @@
 """Reading fields of a file that somebody else wrote: typed, bounded, refused in one line that names file and field."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -42,9 +41,8 @@ class Fields:
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
         """A finite number in [low, high]."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(name, f"must be a number in [{low:g}, {high:g}]")
-        if not math.isfinite(value) or not low <= value <= high:
+        # NaN is in no range; an integer may be too large for a float.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             self.refuse(name, f"must be a number in [{low:g}, {high:g}]")
         return float(value)
 

@@ -174,7 +174,7 @@ def _held(model: nn.Module, places: TensorPlaces) -> dict[str, list[_Held]]:
 def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> TensorPlaces:
     """Where the whole model's tensors lie.
 
-    Raises ConfigError where a parameter has no tensor, a tensor no place, or shapes differ.
+    Raises ConfigError where a parameter has no tensor, or one that cannot be read, a tensor no place, or shapes differ.
     """
     of_parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     places = TensorPlaces(checkpoint.names, of_parameters, checkpoint.config.head_dim, checkpoint.tensors)
@@ -185,6 +185,11 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module) -> TensorPlaces:
             raise ConfigError(f"{files}: tensor {name} is missing: get the checkpoint anew, or check its config")
     for tensor in checkpoint.tensors.values():
         if tensor.name in shapes:
+            if tensor.encoding not in checkpoint.encodings:
+                raise ConfigError(
+                    f"{tensor.file}: tensor {tensor.name} is stored as {tensor.encoding}: supported are "
+                    f"{', '.join(checkpoint.encodings)}"
+                )
             expected = shapes[tensor.name]
             if tensor.shape != expected:
                 raise ConfigError(

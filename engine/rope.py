@@ -165,7 +165,7 @@ def rope_from_hf(config: Fields, max_position: int) -> RopeConfig:
 def rope_from_parameters(parameters: Fields, max_position: int, default_theta: float) -> RopeConfig:
     """As `rope_from_hf`, of one description among several that a model has. Raises ConfigError."""
     theta = parameters.number("rope_theta", 1.0001, MAX_THETA, default_theta)
-    return _whole_rope(Fields(parameters.where, {}), parameters, theta, "rope_type", max_position)
+    return _whole_rope(Fields(parameters.where, {}), parameters, theta, _type_name(parameters), max_position)
 
 
 def _whole_rope(config: Fields, parameters: Fields, theta: float, type_name: str, max_position: int) -> RopeConfig:
@@ -187,8 +187,14 @@ def _whole_rope(config: Fields, parameters: Fields, theta: float, type_name: str
             parameters.refuse(type_name, "supported are default, linear, dynamic, llama3 and yarn")
 
 
-def partial_rope_from_hf(config: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """As `rope_from_hf`, of a model that may turn a part of each head (Phi-3, GPT-NeoX)."""
+def partial_rope_from_hf(
+    config: Fields, head_dim: int, max_position: int, longrope_names: tuple[str, ...] = ()
+) -> RopeConfig:
+    """As `rope_from_hf`, of a model that may turn a part of each head.
+
+    Args:
+        longrope_names: What the family calls LongRoPE; none: it has no such models.
+    """
     parameters, theta, type_name = _hf_parameters(config)
     holder = parameters if parameters.has("partial_rotary_factor") else config
     rotary_dim = int(head_dim * holder.number("partial_rotary_factor", 0.0, 1.0, 1.0))
@@ -202,21 +208,27 @@ def partial_rope_from_hf(config: Fields, head_dim: int, max_position: int) -> Ro
             return replace(_dynamic(parameters, theta), num_rotary_dims=num_rotary_dims)
         case "linear":
             return RopeConfig(theta, _linear(parameters), num_rotary_dims=num_rotary_dims)
-        # What it was called at first.
-        case "longrope" | "su" | "yarn":
+        case name if name in longrope_names:
             original = _original_max_position(config, parameters, max_position)
             scaling = _longrope_from_hf(parameters, rotary_dim // 2, original, max_position)
             return RopeConfig(theta, scaling, num_rotary_dims=num_rotary_dims)
         case _:
-            parameters.refuse(type_name, "supported are default, linear, dynamic and longrope")
+            known = ("default", "linear", "dynamic", *longrope_names[:1])
+            parameters.refuse(type_name, f"supported are {', '.join(known)}")
 
 
 def _hf_parameters(config: Fields) -> tuple[Fields, float, str]:
     """Where the scheme is described, the base of the wavelengths, and the name of the field that names the scheme."""
-    parameters = config.group("rope_scaling") or config.group("rope_parameters") or Fields(config.where, {})
+    groups = (config.group("rope_scaling"), config.group("rope_parameters"))
+    # An empty one says nothing.
+    parameters = next((group for group in groups if group is not None and group.values), Fields(config.where, {}))
     holder = parameters if parameters.has("rope_theta") else config
     theta = holder.number("rope_theta", 1.0001, MAX_THETA, DEFAULT_THETA)
-    return parameters, theta, "rope_type" if parameters.has("rope_type") else "type"
+    return parameters, theta, _type_name(parameters)
+
+
+def _type_name(parameters: Fields) -> str:
+    return "rope_type" if parameters.has("rope_type") else "type"
 
 
 def _linear(parameters: Fields) -> LinearScaling:
@@ -296,11 +308,25 @@ def rope_from_gguf(metadata: Fields, max_position: int, freq_factors: tuple[floa
             return RopeConfig(theta, LinearScaling(factor) if factor != 1.0 else None, freq_factors)
         case "yarn":
             original = metadata.integer("rope.scaling.original_context_length", 1, MAX_POSITION, max_position)
-            attention = metadata.number("rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0)
-            yarn = YarnScaling(factor, original, attention * yarn_attention_factor(factor))
-            return RopeConfig(theta, yarn, freq_factors)
+            return RopeConfig(theta, _yarn_from_gguf(metadata, factor, original), freq_factors)
         case _:
             metadata.refuse("rope.scaling.type", "supported are none, linear and yarn")
+
+
+def _yarn_from_gguf(metadata: Fields, factor: float, original_max_position: int) -> YarnScaling:
+    # Of what those change, llama.cpp's versions differ.
+    for name, usual in (("yarn_attn_factor", 1.0), ("yarn_ext_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        if metadata.number(f"rope.scaling.{name}", -MAX_FACTOR, MAX_FACTOR, usual) != usual:
+            metadata.refuse(
+                f"rope.scaling.{name}", f"only {usual:g} is supported: take the model's Hugging Face directory"
+            )
+    return YarnScaling(
+        factor,
+        original_max_position,
+        metadata.number("rope.scaling.attn_factor", 0.0, MAX_FACTOR, 1.0) * yarn_attention_factor(factor),
+        beta_fast=metadata.number("rope.scaling.yarn_beta_fast", 1e-6, MAX_FACTOR, 32.0),
+        beta_slow=metadata.number("rope.scaling.yarn_beta_slow", 1e-6, MAX_FACTOR, 1.0),
+    )
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 
 
+# Of fields, tensors, and values in an array: more than any vocabulary has.
+_MAX_COUNT = 2**22
 # ggml allows no more dimensions.
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
@@ -61,8 +63,18 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
+    """What a file says of itself.
+
+    Attributes:
+        tensors: In the order of the file.
+        values_begin: Offset of the tensors' values.
+        alignment: Of each tensor's offset, in bytes, counted from there.
+    """
+
     metadata: dict[str, GgufValue]
     tensors: tuple[GgufTensor, ...]
+    values_begin: int
+    alignment: int
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -87,6 +99,8 @@ def _read_header(data: mmap.mmap, path: Path) -> GgufHeader:
     _, version, num_tensors, num_pairs = _HEADER.unpack_from(data)
     if version not in _VERSIONS:
         raise ConfigError(f"{path}: a GGUF file of version {version}; known are 2 and 3: convert the model anew")
+    if num_pairs > _MAX_COUNT or num_tensors > _MAX_COUNT:
+        raise ValueError(f"{num_pairs} fields and {num_tensors} tensors")
     metadata: dict[str, GgufValue] = {}
     position = _HEADER.size
     for _ in range(num_pairs):
@@ -101,7 +115,8 @@ def _read_header(data: mmap.mmap, path: Path) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"an alignment of {alignment}")
     values_begin = -(-position // alignment) * alignment
-    return GgufHeader(metadata, tuple(replace(tensor, offset=values_begin + tensor.offset) for tensor in tensors))
+    placed = tuple(replace(tensor, offset=values_begin + tensor.offset) for tensor in tensors)
+    return GgufHeader(metadata, placed, values_begin, alignment)
 
 
 def _read_tensor(data: mmap.mmap, position: int) -> tuple[GgufTensor, int]:
@@ -134,9 +149,11 @@ def _read_array(data: mmap.mmap, position: int) -> tuple[GgufValue, int]:
     (kind,) = _U32.unpack_from(data, position)
     (count,) = _U64.unpack_from(data, position + _U32.size)
     position += _U32.size + _U64.size
-    # The shortest value of any type takes one byte.
-    if count > len(data) - position:
-        raise ValueError(f"an array of {count} values reaches past the end of the file")
+    if count > _MAX_COUNT:
+        raise ValueError(f"an array of {count} values")
+    if (scalar := _SCALARS.get(kind)) is not None:
+        numbers = struct.Struct(f"<{count}{scalar.format[1:]}")
+        return list(numbers.unpack_from(data, position)), position + numbers.size
     values: list[GgufValue] = []
     for _ in range(count):
         value, position = _read_value(data, position, kind, nested=True)

@@ -17,6 +17,8 @@ from engine.weights.tensor_names import Fused, TensorNames
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     if fields.boolean("apply_residual_connection_post_layernorm", False):
         fields.refuse("apply_residual_connection_post_layernorm", "is not supported: take one of BigScience's models")
+    if fields.boolean("slow_but_exact", False) and fields.integer("pretraining_tp", 1, 2**16, 1) > 1:
+        fields.refuse("slow_but_exact", "transformers drops biases with it: set it to false")
     layers = DecoderLayers(
         norm=layer_norm_from_hf(fields, "layer_norm_epsilon"),
         positions=AlibiPositions(),

@@ -23,7 +23,9 @@ NAMES = TensorNames(
 )
 
 
-def layers_of(fields: Fields, config: ModelConfig, positions: RotaryPositions) -> DecoderLayers:
+def layers_of(
+    fields: Fields, config: ModelConfig, positions: RotaryPositions, score_soft_cap: float | None = None
+) -> DecoderLayers:
     """What Gemma 2 and 3 have alike. Raises ConfigError."""
     if fields.has("use_bidirectional_attention") and fields.boolean("use_bidirectional_attention", False):
         fields.refuse("use_bidirectional_attention", "only models that look back are supported")
@@ -35,7 +37,7 @@ def layers_of(fields: Fields, config: ModelConfig, positions: RotaryPositions) -
             qkv_bias=attention_bias,
             output_bias=attention_bias,
             score_scale=fields.number("query_pre_attn_scalar", 1e-3, 1e6) ** -0.5,
-            soft_cap=_soft_cap(fields, "attn_logit_softcapping"),
+            soft_cap=score_soft_cap,
         ),
         mlp=MlpConfig(activation_from_hf(fields, "hidden_activation", "gelu_pytorch_tanh")),
         embedding=EmbeddingConfig(scale=config.hidden_size**0.5),
@@ -50,7 +52,8 @@ def windows_over(fields: Fields, config: ModelConfig, slides: tuple[bool, ...]) 
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
-    layers = layers_of(fields, config, turns_by(rope_from_hf(fields, config.max_position)))
+    positions = turns_by(rope_from_hf(fields, config.max_position))
+    layers = layers_of(fields, config, positions, _soft_cap(fields, "attn_logit_softcapping"))
     every_other = tuple(layer % 2 == 0 for layer in range(config.num_layers))
     windows = windows_over(fields, config, sliding_layers(fields, config, every_other))
     return replace(config, layers=layers, windows=windows)

@@ -11,7 +11,7 @@ from engine.model_config import ModelConfig
 from engine.models import gemma2
 from engine.models.config_parts import sliding_layers
 from engine.models.family import Family
-from engine.rope import DEFAULT_THETA, MAX_THETA, RopeConfig, rope_from_hf, rope_from_parameters
+from engine.rope import DEFAULT_THETA, MAX_THETA, RopeConfig, rope_from_parameters
 
 _GLOBAL_THETA = 1e6
 # One layer in so many sees the whole text.
@@ -28,17 +28,28 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
 
 
 def _tables(fields: Fields, max_position: int) -> tuple[RopeConfig, RopeConfig]:
-    """Of layers that see the whole text, and of those over a window."""
-    parameters = fields.group("rope_parameters")
-    if parameters is None or not {"full_attention", "sliding_attention"} & parameters.values.keys():
-        # Before transformers 5.
-        local = fields.number("rope_local_base_freq", 1.0001, MAX_THETA, DEFAULT_THETA)
-        return rope_from_hf(fields, max_position), RopeConfig(local)
-    whole, local_parameters = parameters.group("full_attention"), parameters.group("sliding_attention")
-    empty = Fields(fields.where, {})
+    """Of layers that see the whole text, and of those over a window.
+
+    Each is described in `rope_parameters`, or, as before transformers 5, beside it: the one by `rope_scaling` and
+    `rope_theta`, the other by `rope_local_base_freq`. These count where `rope_parameters` do not say.
+    """
+    none = Fields(fields.where, {})
+    parameters = fields.group("rope_parameters") or none
+    if parameters.values and not {"full_attention", "sliding_attention"} & parameters.values.keys():
+        fields.refuse("rope_parameters", "must hold full_attention and sliding_attention, each with its parameters")
+    whole, local = (parameters.group(layers) or none for layers in ("full_attention", "sliding_attention"))
+    scaling = fields.group("rope_scaling") or none
+    if scaling.has("type") and not scaling.has("rope_type"):
+        scaling.refuse("type", "transformers reads rope_type: call it so")
+    whole = replace(whole, values={**whole.values, **scaling.values})
+    for of_layers in (whole, local):
+        if not of_layers.boolean("truncate", True):
+            of_layers.refuse("truncate", "transformers reads it for models of one rope alone: leave it out")
     return (
-        rope_from_parameters(whole or empty, max_position, _GLOBAL_THETA),
-        rope_from_parameters(local_parameters or empty, max_position, DEFAULT_THETA),
+        rope_from_parameters(whole, max_position, fields.number("rope_theta", 1.0001, MAX_THETA, _GLOBAL_THETA)),
+        rope_from_parameters(
+            local, max_position, fields.number("rope_local_base_freq", 1.0001, MAX_THETA, DEFAULT_THETA)
+        ),
     )
 
 
@@ -49,11 +60,9 @@ FAMILY = Family(
         "num_key_value_heads": 4,
         "head_dim": 256,
         "max_position_embeddings": 131072,
-        "rope_theta": _GLOBAL_THETA,
         "tie_word_embeddings": True,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
     },
-    field_names={"sliding_window_pattern": ("_sliding_window_pattern",)},
     names=gemma2.NAMES,
 )

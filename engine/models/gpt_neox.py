@@ -12,10 +12,17 @@ from engine.models.config_parts import activation_from_hf, layer_norm_from_hf
 from engine.models.family import Family
 from engine.rope import partial_rope_from_hf
 from engine.weights.tensor_names import Fused, TensorNames
+from pdmesh.errors import ConfigError
+
+_FIELD_NAMES = {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)}
 
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
     bias = fields.boolean("attention_bias", True)
+    for usual, (own,) in _FIELD_NAMES.items():
+        # Files of transformers 4 say both, alike; it reads the family's own.
+        if fields.values.get(usual) not in (None, fields.values[own]):
+            raise ConfigError(f"{fields.where}: {usual} differs from {own}, which counts: leave {usual} out")
     layers = DecoderLayers(
         norm=layer_norm_from_hf(fields, "layer_norm_eps"),
         positions=turns_by(partial_rope_from_hf(fields, config.head_dim, config.max_position)),
@@ -29,8 +36,8 @@ def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
 FAMILY = Family(
     architecture="GPTNeoXForCausalLM",
     complete=_complete,
-    defaults={"rotary_pct": 0.25},
-    field_names={"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)},
+    defaults={"rotary_emb_base": 10000, "rotary_pct": 0.25},
+    field_names=_FIELD_NAMES,
     names=TensorNames(
         top={
             "model.embed_tokens": "gpt_neox.embed_in",

@@ -14,9 +14,12 @@ from engine.models.family import Family, GgufFamily, GgufTensorFacts
 from engine.rope import LongRopeScaling, partial_rope_from_hf, rope_from_gguf
 from engine.weights.tensor_names import Fused, TensorNames
 
+# And what it was called at first.
+_LONGROPE = ("longrope", "su", "yarn")
+
 
 def _complete(fields: Fields, config: ModelConfig) -> ModelConfig:
-    rope = partial_rope_from_hf(fields, config.head_dim, config.max_position)
+    rope = partial_rope_from_hf(fields, config.head_dim, config.max_position, _LONGROPE)
     max_position = config.max_position
     if isinstance(rope.scaling, LongRopeScaling):
         max_position = min(max_position, rope.scaling.original_max_position)

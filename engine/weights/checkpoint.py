@@ -1,7 +1,7 @@
 """A checkpoint: a model's config and its tensors, whatever the file format."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -123,6 +123,7 @@ class Checkpoint(Protocol):
         files: The files that hold values, in a fixed order.
         tensors: By name, in the order in which reading is fastest.
         names: How these are named and laid out.
+        encodings: Those that can be read.
     """
 
     @property
@@ -133,6 +134,8 @@ class Checkpoint(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]: ...
     @property
     def names(self) -> TensorNames: ...
+    @property
+    def encodings(self) -> Collection[str]: ...
 
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         """Where the part of a matrix lies in its file; None where it does not lie there as plain values."""

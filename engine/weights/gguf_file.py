@@ -5,7 +5,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from engine.weights.pages import release_pages
 from engine.weights.tensor_names import TensorNames
 from engine.weights.weight_file import WeightFile
 from pdmesh.errors import ConfigError
-from pdmesh.gguf_header import GgufTensor, read_gguf_header
+from pdmesh.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 
 _ENCODINGS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
 
@@ -70,6 +70,7 @@ class GgufFile:
         self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._file.mapped(), np.uint8)
         # By GGUF's names; the config is read from these and the metadata.
         stored = {tensor.name: self._check(tensor) for tensor in header.tensors}
+        self._check_places(header)
         if _EMBEDDING not in stored:
             raise ConfigError(f"{path}: tensor {_EMBEDDING} is missing: take a GGUF file that holds a whole model")
         rope_freqs = stored.pop(_ROPE_FREQS, None)
@@ -109,6 +110,10 @@ class GgufFile:
     def names(self) -> TensorNames:
         return self._names
 
+    @property
+    def encodings(self) -> Collection[str]:
+        return _ENCODINGS
+
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         stored = self._tensors[name]
         dtype = _PLAIN_DTYPES.get(stored.encoding)
@@ -139,6 +144,18 @@ class GgufFile:
                 f"{self._path}: damaged or cut short (tensor {tensor.name} reaches past the end): get the file anew"
             )
         return tensor
+
+    def _check_places(self, header: GgufHeader) -> None:
+        """Raises ConfigError where tensors do not lie one behind the other, each from a multiple of the alignment on:
+        ggml refuses such a file, too."""
+        begin = header.values_begin
+        for tensor in header.tensors:
+            if tensor.offset != begin:
+                raise ConfigError(
+                    f"{self._path}: damaged (tensor {tensor.name} does not begin where the one before ends): get the "
+                    "file anew"
+                )
+            begin += -(-_num_bytes(tensor) // header.alignment) * header.alignment
 
     def _values(
         self, tensor: GgufTensor, dtype: torch.dtype, part: Part = WHOLE, num_heads: int | None = None

@@ -1,12 +1,10 @@
 """A Hugging Face model directory: config.json and safetensors, in one file or in shards that an index lists."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +43,8 @@ class HfDirectory:
         self._tensors = {tensor.name: tensor for shard in self._shards.values() for tensor in shard.tensors}
         for shard, names in listed.items():
             self._check_listed(shard, names)
+        if self._config.tie_word_embeddings and self._has_own_output():
+            self._config = replace(self._config, tie_word_embeddings=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -62,6 +62,10 @@ class HfDirectory:
     def names(self) -> TensorNames:
         return FAMILIES[self._config.architecture].names
 
+    @property
+    def encodings(self) -> Collection[str]:
+        return _ENCODINGS
+
     def rows(self, name: str, part: Part = WHOLE) -> FileRows | None:
         stored = self._tensors[name]
         if len(stored.shape) != 2 or part.transposed or stored.encoding == "F64":
@@ -75,13 +79,14 @@ class HfDirectory:
         row_bytes = stored.num_bytes // max(stored.shape[0], 1)
         rows_each = max(_PIECE_BYTES // max(row_bytes, 1), 1)
         values = torch.empty(part.shape_of(stored.shape), dtype=dtype)
+        # As they lie, whole rows can be read to their place.
+        as_stored = dtype == encoding and part.columns is None and not part.transposed
+        buffer = torch.empty((0 if as_stored else min(rows_each, stored.shape[0]), *stored.shape[1:]), dtype=encoding)
         for rows, columns, place in _blocks(part, stored.shape, values):
-            # As they lie, whole rows can be read to their place.
-            as_stored = dtype == encoding and not columns
             for first in range(0, len(rows), rows_each):
                 piece = rows[first : first + rows_each]
                 of_piece = place[first : first + len(piece)]
-                lying = of_piece if as_stored else torch.empty((len(piece), *stored.shape[1:]), dtype=encoding)
+                lying = of_piece if as_stored else buffer[: len(piece)]
                 try:
                     shard.file.read(shard.offsets[name] + piece.start * row_bytes, lying)
                 except EOFError:
@@ -101,6 +106,27 @@ class HfDirectory:
                     f"{self._directory / _INDEX}: tensor {name} is listed in {shard}, which does not hold it: "
                     "get the index and its shards from the same place"
                 )
+
+    def _has_own_output(self) -> bool:
+        """Whether there is an output matrix that is no copy of the embedding: transformers takes it then, whatever the
+        config says of sharing one. Raises ConfigError where the two cannot be read."""
+        prefix = self.names.optional_prefix
+        output, embedding = (
+            self._tensors.get(name) or self._tensors.get(name.removeprefix(prefix))
+            for name in (f"{self.names.stored(module)}.weight" for module in ("lm_head", "model.embed_tokens"))
+        )
+        if output is None or embedding is None or output.shape != embedding.shape:
+            return output is not None
+        if len(output.shape) != 2 or not {output.encoding, embedding.encoding} <= _ENCODINGS.keys():
+            # It is said of the embedding, when that is asked for.
+            return False
+        rows_each = max(_PIECE_BYTES // max(4 * output.shape[1], 1), 1)
+        return not all(
+            torch.equal(*(self.read(matrix.name, torch.float32, Part(rows)) for matrix in (output, embedding)))
+            for rows in (
+                range(first, min(first + rows_each, output.shape[0])) for first in range(0, output.shape[0], rows_each)
+            )
+        )
 
 
 def _blocks(
@@ -126,11 +152,12 @@ def _read_config(directory: Path, name: str) -> ModelConfig:
 
 def _shard_names(directory: Path) -> dict[str, frozenset[str]]:
     """The names of the safetensors files, with the tensors that the index lists in each (none without an index)."""
-    index_path = directory / _INDEX
-    if not index_path.exists():
-        if not (directory / _SINGLE).exists():
-            raise ConfigError(f"{directory}: neither {_SINGLE} nor {_INDEX} is there: convert the model to safetensors")
+    single, index_path = directory / _SINGLE, directory / _INDEX
+    # It counts where an index is there, too.
+    if single.exists() or single.is_symlink():
         return {_SINGLE: frozenset()}
+    if not index_path.exists():
+        raise ConfigError(f"{directory}: neither {_SINGLE} nor {_INDEX} is there: convert the model to safetensors")
     weight_map = _read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index_path}: weight_map is missing: get the file anew")
@@ -154,30 +181,35 @@ class _Shard:
 def _open_shard(path: Path) -> _Shard:
     """https://github.com/huggingface/safetensors#format. Raises ConfigError."""
     if not path.exists():
+        if path.is_symlink():
+            raise ConfigError(f"{path}: is a link to a file that is not there: download the model anew")
         raise ConfigError(f"{path}: is listed in {_INDEX} and missing: get this shard too")
     file = WeightFile(path)
     try:
-        # It checks the header against the file's size: tensors lie one behind the other, to the end. For numpy, which
-        # cannot read all encodings, the system is not asked for as much memory as the file is long.
-        header: Any = safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
+        # It checks the header against the file's size: tensors lie one behind the other, to the end. For numpy the
+        # system is not asked for as much memory as the file is long.
+        safe_open(path, framework="np")
+        with path.open("rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(header_bytes))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error}): get it anew") from error
-    tensors = []
-    for name in header.offset_keys():
-        tensor = header.get_slice(name)
-        shape, encoding = tuple(tensor.get_shape()), tensor.get_dtype()
-        if encoding not in _ENCODINGS:
-            raise ConfigError(f"{path}: tensor {name} is stored as {encoding}: supported are {', '.join(_ENCODINGS)}")
-        num_bytes = math.prod(shape) * _ENCODINGS[encoding].itemsize
-        tensors.append(StoredTensor(name, shape, encoding, num_bytes, path))
-    first = file.num_bytes - sum(tensor.num_bytes for tensor in tensors)
-    begins = accumulate((tensor.num_bytes for tensor in tensors), initial=first)
-    return _Shard(file, tuple(tensors), {tensor.name: begin for tensor, begin in zip(tensors, begins, strict=False)})
+    header.pop("__metadata__", None)
+    tensors, offsets = [], {}
+    for name, tensor in sorted(header.items(), key=lambda named: named[1]["data_offsets"]):
+        begin, end = tensor["data_offsets"]
+        tensors.append(StoredTensor(name, tuple(tensor["shape"]), tensor["dtype"], end - begin, path))
+        offsets[name] = 8 + header_bytes + begin
+    return _Shard(file, tuple(tensors), offsets)
 
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
+        state = path.stat()
+        # A pipe or a device would be read for ever.
+        if not stat.S_ISREG(state.st_mode):
+            raise ConfigError(f"{path}: is no regular file: get the file anew")
+        if state.st_size > _MAX_JSON_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_JSON_BYTES // 2**20} MiB: not the file it is named for")
         content = json.loads(path.read_text())
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,16 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor, which the caller closes. Raises ConfigError."""
+    """A descriptor of a regular file, which the caller closes. Raises ConfigError."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # A pipe would have this wait for whoever writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path}: is no regular file: name the right one, or get it anew")
+    return descriptor
 
 
 def release_pages(mapped: npt.NDArray[np.uint8]) -> None:

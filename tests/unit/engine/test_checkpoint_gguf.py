@@ -1,7 +1,9 @@
 """GGUF files, written as llama.cpp's converter writes them, whole and damaged."""
 
+import os
 import re
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +170,15 @@ def test_rope_scaling(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None
     scaling = DecoderLayers.of(config_of(writer.write(tmp_path / "tiny.gguf"))).rope.scaling
     assert isinstance(scaling, YarnScaling)
     assert (scaling.factor, scaling.original_max_position) == (4.0, 64)
+    assert (scaling.beta_fast, scaling.beta_slow) == (32.0, 1.0)
+    writer.metadata |= {"llama.rope.scaling.yarn_beta_fast": 8.0, "llama.rope.scaling.yarn_beta_slow": 2.0}
+    scaling = DecoderLayers.of(config_of(writer.write(tmp_path / "betas.gguf"))).rope.scaling
+    assert isinstance(scaling, YarnScaling)
+    assert (scaling.beta_fast, scaling.beta_slow) == (8.0, 2.0)
+    writer.metadata |= {"llama.rope.scaling.yarn_attn_factor": 3.0}
+    assert "llama.rope.scaling.yarn_attn_factor is 3.0: only 1 is supported" in refusal(
+        writer.write(tmp_path / "attention.gguf")
+    )
 
 
 def test_rope_freqs_tensor(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
@@ -266,6 +277,32 @@ def test_truncated_file(tiny_llama: Callable[[str], Path], tmp_path: Path, keep:
     message = refusal(path)
     assert message.startswith(f"{path}: damaged or cut short (")
     assert message.endswith("): get the file anew")
+
+
+@pytest.mark.parametrize("change", [4, -4, 32, -32, -(2**15)])
+def test_a_tensor_that_begins_elsewhere(tiny_llama: Callable[[str], Path], tmp_path: Path, change: int) -> None:
+    path = Writer(tiny_llama("gqa")).write(tmp_path / "tiny.gguf")
+    content = bytearray(path.read_bytes())
+    name = b"blk.1.attn_q.weight"
+    # Behind the name: the number of dimensions, two of them, and the encoding.
+    place = content.index(name) + len(name) + 4 + 2 * 8 + 4
+    (offset,) = struct.unpack_from("<Q", content, place)
+    struct.pack_into("<Q", content, place, offset + change)
+    path.write_bytes(content)
+    assert refusal(path) == (
+        f"{path}: damaged (tensor blk.1.attn_q.weight does not begin where the one before ends): get the file anew"
+    )
+
+
+@pytest.mark.parametrize(("kind", "num_bytes"), [(0, 1), (4, 4), (8, 8)])
+def test_an_absurd_array_in_a_file_that_could_hold_it(tmp_path: Path, kind: int, num_bytes: int) -> None:
+    path, count = tmp_path / "tiny.gguf", 10**8
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, kind, count))
+    # Holes take no room.
+    os.truncate(path, count * num_bytes + 1000)
+    began = time.monotonic()
+    assert refusal(path) == f"{path}: damaged or cut short (an array of {count} values): get the file anew"
+    assert time.monotonic() - began < 10
 
 
 def test_version_of_the_future(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:

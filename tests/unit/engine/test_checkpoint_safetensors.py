@@ -1,6 +1,7 @@
 """Hugging Face directories, whole and damaged."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -103,13 +104,55 @@ def test_the_model_outlives_its_files(single: Path) -> None:
         assert torch.equal(parameter, before[name])
 
 
-def test_a_tied_output_that_is_stored_is_not_used(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_is_of_no_use_is_not_read(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_llama("mqa-tied"), tmp_path / "tied")
-    change_weights(directory, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(320, 64)}))
-    change_weights(
-        directory, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    )
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        # Not even in a type that weights could be read from.
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(7, dtype=torch.bool)
+
+    change_weights(directory, add)
     assert_same_weights(load(directory), tiny_llama("mqa-tied"))
+
+
+def test_an_output_that_is_no_copy_counts_though_the_config_ties_it(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny_llama("mqa-tied"), tmp_path / "tied")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    change_weights(directory, add)
+    assert "lm_head.weight" in dict(load(directory).model.named_parameters())
+    assert_same_weights(load(directory), directory)
+    change_weights(directory, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(319, 64)}))
+    assert "tensor lm_head.weight has shape [319, 64], and the config asks for [320, 64]" in refusal(directory)
+    change_weights(directory, lambda tensors: tensors.update({"lm_head.weight": torch.full((320, 64), torch.nan)}))
+    assert "tensor lm_head.weight holds NaN or infinity" in refusal(directory)
+
+
+def test_a_single_file_counts_where_an_index_is_there_too(single: Path, sharded: Path) -> None:
+    shutil.copy(sharded / INDEX, single)
+    assert_same_weights(load(single), single)
+
+
+def test_a_link_to_nothing(single: Path) -> None:
+    file = single / "model.safetensors"
+    file.unlink()
+    file.symlink_to(single / "blob")
+    assert refusal(single) == f"{file}: is a link to a file that is not there: download the model anew"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, "model.safetensors"])
+def test_a_pipe_is_not_waited_for(single: Path, name: str) -> None:
+    if name == INDEX:
+        (single / "model.safetensors").unlink()
+    (single / name).unlink(missing_ok=True)
+    os.mkfifo(single / name)
+    assert refusal(single).startswith(f"{single / name}: is no regular file: ")
 
 
 def test_missing_config(single: Path) -> None:

@@ -46,6 +46,16 @@ def test_older_checkpoints(tmp_path: Path, shape: str) -> None:
     assert_same_parameters(load(directory), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_masks_that_older_checkpoints_hold_are_of_any_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    for shape, mask in (("gpt-neox", "gpt_neox.layers.0.attention.bias"), ("gpt2", "transformer.h.0.attn.bias")):
+        directory = make_tiny_family(tmp_path / shape, shape)
+        expected = load(directory)
+        tensors = load_file(directory / "model.safetensors") | {mask: torch.ones(1, 1, 9, 9, dtype=dtype).tril()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        assert_same_parameters(load(directory), expected)
+
+
 def test_an_output_matrix_beside_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
     directory = make_tiny_family(tmp_path, "gpt2")
     expected = load(directory)

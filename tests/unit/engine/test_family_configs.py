@@ -159,6 +159,56 @@ def test_names_of_old_configs() -> None:
     )
 
 
+GEMMA3_ROPES: dict[str, dict[str, Any]] = {
+    "of transformers 4": {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 33.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "bases beside": {
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 3.0}, "sliding_attention": {}},
+        "rope_theta": 777.0,
+        "rope_local_base_freq": 55.0,
+    },
+    "one kind": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e5}},
+        "rope_local_base_freq": 55.0,
+    },
+    "as types were called": {
+        "rope_parameters": {
+            "full_attention": {"type": "linear", "factor": 3.0, "rope_theta": 1e5},
+            "sliding_attention": {"type": "linear", "factor": 2.0, "rope_theta": 1e3},
+        }
+    },
+    "scaling beside": {
+        "rope_parameters": {"full_attention": {"rope_theta": 1e5}, "sliding_attention": {"rope_theta": 1e3}},
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+
+
+@pytest.mark.parametrize("fields", GEMMA3_ROPES.values(), ids=GEMMA3_ROPES)
+def test_spellings_of_the_two_ropes_of_gemma3(fields: dict[str, Any]) -> None:
+    # Of both kinds there is a layer.
+    fields = fields | {"num_hidden_layers": 6}
+    positions = DecoderLayers.of(read("Gemma3", **fields)).positions
+    assert isinstance(positions, RotaryPositions)
+    reference: Any = transformers.Gemma3TextConfig(**copy.deepcopy(SIZES | fields)).rope_parameters
+    for table, kind in zip(positions.tables, ("full_attention", "sliding_attention"), strict=True):
+        assert table.theta == reference[kind]["rope_theta"]
+        factor = reference[kind]["factor"] if reference[kind]["rope_type"] == "linear" else None
+        assert table.scaling == (None if factor is None else LinearScaling(factor))
+
+
+def test_what_transformers_does_not_read_counts_for_nothing() -> None:
+    assert DecoderLayers.of(read("Gemma3", attn_logit_softcapping=3.0)).attention.soft_cap is None
+    assert DecoderLayers.of(read("Gemma3", _sliding_window_pattern=2)) == DecoderLayers.of(read("Gemma3"))
+    scaled = read("Llama", rope_scaling={}, rope_parameters={"rope_type": "linear", "factor": 2.0})
+    assert DecoderLayers.of(scaled).rope.scaling == LinearScaling(2.0)
+    both = read("GPTNeoX", rotary_pct=0.5, partial_rotary_factor=0.5, rotary_emb_base=500, rope_theta=500.0)
+    assert (DecoderLayers.of(both).rope.theta, DecoderLayers.of(both).rope.num_rotary_dims) == (500.0, 64)
+
+
 def test_dynamic_scaling_serves_the_trained_length() -> None:
     dynamic = read("Llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=4096)
     assert dynamic.max_position == 4096
@@ -207,6 +257,26 @@ def test_longrope_serves_the_trained_length() -> None:
             {"rope_parameters": {"full_attention": {"rope_theta": 0}}},
             "rope_parameters.full_attention.rope_th",
         ),
+        (
+            "Gemma3",
+            {"rope_parameters": {"rope_type": "linear"}},
+            "rope_parameters is {'rope_type': 'linear'}: must hold",
+        ),
+        ("Gemma3", {"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear': transformers reads rope_type"),
+        (
+            "Gemma3",
+            {"rope_parameters": {"full_attention": {"truncate": False}}},
+            "rope_parameters.full_attention.truncate is False: transformers reads it for models of one rope alone",
+        ),
+        (
+            "GPTNeoX",
+            {"rope_theta": 50.0},
+            "rope_theta differs from rotary_emb_base, which counts: leave rope_theta out",
+        ),
+        ("GPTNeoX", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn': supported are default, linear"),
+        ("Bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact is True: transformers drops biases"),
+        ("Llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000000000"),
+        ("Llama", {"rope_theta": 10**400}, "rope_theta is 1000000000"),
         ("GPT2", {"n_embd": 2**40}, "n_embd is 1099511627776: must be an integer in [1, "),
         ("GPT2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True: is not supporte"),
         ("GPTNeoX", {"rotary_pct": 0.01}, "rotary_pct is 0.01: must turn an even number of a head's 128 dimensions"),
