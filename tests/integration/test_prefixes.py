@@ -144,6 +144,13 @@ async def here(tiny_model: Path) -> AsyncIterator[Worker]:
         yield made
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source is waited for as long as a machine may stand still that has more to do."""
+    monkeypatch.setattr("kvstore.exchange.fetching.FIND_TIMEOUT_S", 10.0)
+    monkeypatch.setattr("worker.prefixes._PATIENCE_S", 10.0)
+
+
 async def evict(made: Worker, tokens: list[int]) -> None:
     """Computes a prompt and then others, until none of its blocks is in the cache: they lie in the tiers."""
     await made.answer(tokens)
@@ -187,6 +194,7 @@ async def test_a_load_that_is_cancelled_writes_nothing_afterwards_and_another_ta
     await here.assert_right_and_idle(tokens, NUM_FULL * SIZE)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_another_worker_gives_what_lies_in_its_tiers(tiny_model: Path, here: Worker) -> None:
     tokens = prompt(1)
     async with worker(tiny_model, "other") as other:
@@ -257,6 +265,7 @@ async def test_who_cannot_give_is_given_up_and_not_asked_again_at_once(
     await here.assert_right_and_idle(tokens, 0)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_worker_that_loads_still_has_nothing_and_says_so(
     tiny_model: Path, here: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,6 +285,7 @@ async def test_a_worker_that_loads_still_has_nothing_and_says_so(
     await here.assert_right_and_idle(prompt(1), 0)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_who_has_less_than_the_router_said_gives_nothing(here: Worker) -> None:
     tokens = prompt(1)
     async with source(here.engine.facts, here.engine.memory.block_bytes, 0) as other:
@@ -284,6 +294,7 @@ async def test_who_has_less_than_the_router_said_gives_nothing(here: Worker) -> 
     await here.assert_right_and_idle(tokens, 0)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_corrupt_bytes_are_not_used(tiny_model: Path) -> None:
     tokens = prompt(1)
     async with worker(tiny_model, "here", ["tcp"]) as here:
@@ -301,6 +312,7 @@ async def test_corrupt_bytes_are_not_used(tiny_model: Path) -> None:
         await here.assert_right_and_idle(tokens, 0)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("end", ["cancel", "restart"])
 async def test_nothing_writes_once_a_fetch_has_ended_in_its_middle(tiny_model: Path, end: str) -> None:
     tokens = prompt(1)
@@ -313,7 +325,7 @@ async def test_nothing_writes_once_a_fetch_has_ended_in_its_middle(tiny_model: P
             other.senders.proxy = proxy
             proxy.stall_at = 5 * block_bytes
             bringing = asyncio.create_task(here.prefixes.bring(tokens, b"", [other.kv]))
-            await asyncio.wait_for(proxy.stalled.wait(), 5)
+            await asyncio.wait_for(proxy.stalled.wait(), 20)
             assert here.engine.status().num_leases == 1
             if end == "cancel":
                 bringing.cancel()
@@ -330,6 +342,7 @@ async def test_nothing_writes_once_a_fetch_has_ended_in_its_middle(tiny_model: P
         await here.assert_right_and_idle(tokens, 0)
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_source_that_was_restarted_has_nothing_and_says_so(tiny_model: Path, here: Worker) -> None:
     tokens = prompt(1)
     async with worker(tiny_model, "other") as restarted:
