@@ -24,6 +24,10 @@ AHEAD = 2
 _FREE_SHARE = 0.9
 
 
+class DeviceMapError(ConfigError):
+    """A map that a person must mend, however much memory there is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Of a model on a device.
@@ -52,9 +56,12 @@ def place_weights(
 
     Args:
         weight_format: Of matrices that are quantised; these do not wait elsewhere.
-        output_waits: The output matrix may wait as layers do.
+        output_waits: The output matrix may wait as layers do. Then what comes in takes the memory that it needs; else
+            there are buffers, each for the largest layer that waits.
 
-    Raises ConfigError where they do not fit, with what would.
+    Raises:
+        DeviceMapError: where a file of `--device-map` cannot be followed.
+        ConfigError: where they do not fit, with what would.
     """
     total_bytes = weights_size(model, dtype, weight_format)
     movable = {
@@ -76,7 +83,8 @@ def place_weights(
             "much there and raise --max-memory, or use --quantization none"
         )
     bytes_in = {place: sum(movable[name] for name in waiting if waiting[name] == place) for place in limits}
-    staged = min((AHEAD + 1) * max((movable[name] for name in waiting), default=0), sum(movable.values()))
+    units = [num_bytes for name, num_bytes in movable.items() if name in waiting]
+    staged = _most_at_once(units) if output_waits else (AHEAD + 1) * max(units, default=0)
     bytes_in[own] = total_bytes - sum(movable[name] for name in waiting) + staged
     for place, num_bytes in bytes_in.items():
         if num_bytes > limits[place]:
@@ -92,6 +100,13 @@ def place_weights(
         )
     elsewhere = {place: bytes_in[place] for place in limits if place != own and bytes_in[place]}
     return Placement(waiting, elsewhere, staged)
+
+
+def _most_at_once(units: list[int]) -> int:
+    """Of units of so many bytes that come in in turn, and then anew: as many as are there at once."""
+    if len(units) <= AHEAD + 1:
+        return sum(units)
+    return max(sum((units + units)[first : first + AHEAD + 1]) for first in range(len(units)))
 
 
 def _limits(config: EngineConfig, device: torch.device) -> dict[str, int]:
@@ -114,19 +129,18 @@ def _read_map(
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error}): name modules and devices in it") from error
+        raise DeviceMapError(f"{path}: not readable as JSON ({error}): name modules and devices in it") from error
     modules = {name for name, _ in model.named_modules()}
+    can_wait = "whole layers, and lm_head," if "lm_head" in movable else "whole layers"
     if not isinstance(content, dict) or not all(isinstance(place, str) for place in content.values()):
-        raise ConfigError(f'{path}: must map module names to devices, such as {{"model.layers.0": "disk"}}')
+        raise DeviceMapError(f'{path}: must map module names to devices, such as {{"model.layers.0": "disk"}}')
     for name, place in content.items():
         if name not in modules:
-            raise ConfigError(f"{path}: {name!r} is no module: they are named as {', '.join(list(movable)[:2])}")
+            raise DeviceMapError(f"{path}: {name!r} is no module: they are named as {', '.join(list(movable)[:2])}")
         if place not in limits:
-            raise ConfigError(f"{path}: {name!r} is to lie on {place!r}: here are {', '.join(limits)}")
+            raise DeviceMapError(f"{path}: {name!r} is to lie on {place!r}: here are {', '.join(limits)}")
         if place != own and not any(unit == name or unit.startswith(f"{name}." if name else "") for unit in movable):
-            raise ConfigError(
-                f"{path}: {name!r} cannot wait on {place}: whole layers can, and lm_head; leave it on {own}"
-            )
+            raise DeviceMapError(f"{path}: {name!r} cannot wait on {place}: {can_wait} can; leave it on {own}")
     waiting = {}
     for unit in movable:
         covering = [name for name in content if not name or unit == name or unit.startswith(f"{name}.")]

@@ -14,7 +14,7 @@ from engine.loader import DTYPES
 from engine.model_config import ModelConfig
 from engine.parallel.group import kv_share
 from engine.parallel.shard import Shard, possible_tp, shard_of
-from engine.placement import Placement
+from engine.placement import DeviceMapError, Placement
 from engine.weights.quantized import FORMATS
 from pdmesh.errors import ConfigError
 from pdmesh.ranks.config import GroupConfig
@@ -114,6 +114,8 @@ def find_fit(config: EngineConfig, group: GroupConfig, model: ModelConfig) -> Fi
             for shard, room in zip(shards, rooms, strict=True)
         ]
         size = CacheSize(min(each.num_blocks for each in sizes), min(each.max_model_len for each in sizes))
+    except DeviceMapError:
+        raise
     except ConfigError as error:
         problem = error.message
     max_model_len = size.max_model_len if size else model.max_position

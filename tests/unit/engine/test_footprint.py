@@ -35,6 +35,12 @@ def test_it_does_not_fit_and_something_is_to_be_done(tmp_path: Path) -> None:
     assert verdict.problem.startswith("the weights take 1099.7 GB and ")
 
 
+def test_a_device_map_that_cannot_be_read_is_no_question_of_room(tiny_model: Path, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tiny_model), device="cpu", device_map=str(tmp_path / "map.json"))
+    with pytest.raises(ConfigError, match=r"map\.json: not readable as JSON"):
+        inspect_model(config, GroupConfig(), process_bytes=1)
+
+
 def test_remedies_are_options_that_help(tiny_model: Path) -> None:
     config = EngineConfig(model=str(tiny_model), device="cpu", num_blocks=10**9)
     verdict = inspect_model(config, GroupConfig(), process_bytes=1).verdict

@@ -20,9 +20,9 @@ from engine.cpu.library import Kernels
 from engine.cpu.pages_ahead import PagesAhead
 from engine.executor import ModelExecutor, TorchExecutor
 from engine.kv_cache import KVCache
-from engine.loader import LoadedModel
+from engine.loader import LoadedModel, weights_size
 from engine.models import build_model
-from engine.placement import AHEAD, Placement, place_weights
+from engine.placement import AHEAD, DeviceMapError, Placement, place_weights
 from engine.weights.offload_file import FileMemory, OffloadFile, address_of
 from engine.weights.quantized import UNQUANTIZED
 from engine.weights.source import open_checkpoint
@@ -120,6 +120,26 @@ def test_layers_that_wait_lie_between_those_that_do_not(deep: Path, tmp_path: Pa
     waiting = sorted(int(re.findall(r"\d+", name)[0]) for name in placed.waiting if "layers" in name)
     assert 1 < len(waiting) < 2 * AHEAD + 4
     assert min(after - before for before, after in pairwise(waiting)) > 1
+
+
+def test_of_what_comes_in_no_more_is_counted_than_is_there_at_once(deep: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text('{"": "cpu", "model.layers": "disk", "lm_head": "disk"}')
+    mapped = EngineConfig(
+        model=str(deep), device="cpu", device_map=str(tmp_path / "map.json"), offload_dir=str(tmp_path)
+    )
+    model = build_model(open_checkpoint(str(deep)).config)
+    layer, output = (
+        weights_size(model.get_submodule(name), torch.float32, None) for name in ("model.layers.0", "lm_head")
+    )
+    # The output is once among those that are there; plain torch has as many buffers, each for the largest layer.
+    assert placement(mapped).staged_bytes == AHEAD * layer + max(layer, output)
+    (tmp_path / "map.json").write_text('{"": "cpu", "model.layers.1": "disk"}')
+    assert placement(mapped).staged_bytes == layer
+    in_torch = place_weights(model, mapped, CPU, torch.float32, None, output_waits=False)
+    assert in_torch.staged_bytes == (AHEAD + 1) * layer
+    (tmp_path / "map.json").write_text('{"": "cpu", "lm_head": "disk"}')
+    with pytest.raises(DeviceMapError, match=r"'lm_head' cannot wait on disk: whole layers can; leave it on cpu$"):
+        place_weights(model, mapped, CPU, torch.float32, None, output_waits=False)
 
 
 def test_what_does_not_fit_is_refused_with_numbers(deep: Path, tmp_path: Path) -> None:

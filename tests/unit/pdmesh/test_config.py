@@ -38,6 +38,12 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+def test_what_ends_a_process_is_one_line_whatever_a_name_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fail("tensor a\nb is missing")
+    assert capsys.readouterr().err == "pdmesh: tensor a\\nb is missing\n"
+
+
 def test_defaults() -> None:
     assert read("x") == Outer(Inner(depth=1, fast=False, hue=None), name="x", weight=0.5)
 
