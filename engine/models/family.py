@@ -177,7 +177,13 @@ def read_gguf(family: Family, metadata: Fields, facts: GgufTensorFacts, name: st
         bos_token_id=_token_id(metadata, "tokenizer.ggml.bos_token_id", vocab_size),
         layers=LayersConfig(),
     )
-    return gguf.complete(fields, facts, config)
+    config = gguf.complete(fields, facts, config)
+    if 0 < fields.integer("attention.sliding_window", 0, MAX_POSITION, 0) < config.max_position and not config.windows:
+        fields.refuse(
+            "attention.sliding_window",
+            "windows of this family are not read from GGUF files: take the model's Hugging Face directory",
+        )
+    return config
 
 
 def _head_dim(fields: Fields, name: str, hidden_size: int, num_heads: int) -> int:

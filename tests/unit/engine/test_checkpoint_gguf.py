@@ -213,6 +213,10 @@ def test_rope_freqs_tensor(tiny_llama: Callable[[str], Path], tmp_path: Path) ->
         ({"llama.embedding_length": 2**31}, "llama.embedding_length is 2147483648: must be an integer in [1, "),
         ({"llama.block_count": 0}, "llama.block_count is 0: must be an integer in [1, "),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8: must equal the head dimension, 16"),
+        (
+            {"llama.attention.sliding_window": 100},
+            "llama.attention.sliding_window is 100: windows of this family are no",
+        ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8: mixtures of experts are not supported"),
         ({"llama.context_length": "long"}, "llama.context_length is 'long': must be an integer in [1, "),
         ({"general.architecture": "mamba"}, "general.architecture is 'mamba': known are llama"),
