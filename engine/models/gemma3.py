@@ -41,7 +41,8 @@ def _tables(fields: Fields, max_position: int) -> tuple[RopeConfig, RopeConfig]:
     scaling = fields.group("rope_scaling") or none
     if scaling.has("type") and not scaling.has("rope_type"):
         scaling.refuse("type", "transformers reads rope_type: call it so")
-    whole = replace(whole, values={**whole.values, **scaling.values})
+    if scaling.values:
+        whole = replace(scaling, values={**whole.values, **scaling.values})
     for of_layers in (whole, local):
         if not of_layers.boolean("truncate", True):
             of_layers.refuse("truncate", "transformers reads it for models of one rope alone: leave it out")
