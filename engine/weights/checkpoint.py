@@ -117,7 +117,7 @@ def _within(wanted: range | None, size: int) -> range:
 
 
 class Checkpoint(Protocol):
-    """Open model files. Opening read only headers; `read` reads values.
+    """Open model files. Opening reads headers, and an output matrix that may be a copy of the embedding.
 
     Attributes:
         files: The files that hold values, in a fixed order.
