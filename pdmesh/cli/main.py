@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from pdmesh import __version__
-from pdmesh.config import one_line
 from pdmesh.errors import ConfigError, InvalidRequestError, MeshError
 from pdmesh.stdout import discard_stdout
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(command.main(argv[1:]))
     except MeshError as error:
-        print(f"pdmesh: {one_line(error.message)}", file=sys.stderr)
+        print(f"pdmesh: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | InvalidRequestError) else 1
     except KeyboardInterrupt:
         return 130
