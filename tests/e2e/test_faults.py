@@ -128,7 +128,7 @@ async def test_a_decode_worker_is_killed(tiny_model: Path, tmp_path: Path) -> No
         await mesh.assert_idle()
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 async def test_a_worker_stands_still(tiny_model: Path, tmp_path: Path, role: str) -> None:
     """Its kernel goes on acknowledging what it is sent; nobody waits for it longer than for a dead one."""
     async with ProcessMesh(tiny_model, tmp_path, num_prefill=2, num_decode=2) as mesh:

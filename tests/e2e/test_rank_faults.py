@@ -165,7 +165,7 @@ async def test_the_only_group_of_its_role(model: Path, tmp_path: Path, role: str
         await mesh.assert_idle()
 
 
-@pytest.mark.parametrize(("role", "rank", "fault"), _table(("decode", 0, Fault.STOP)))
+@pytest.mark.parametrize(("role", "rank", "fault"), _table())
 async def test_another_group_goes_on(model: Path, tmp_path: Path, role: str, rank: int, fault: Fault) -> None:
     async with _mesh(model, tmp_path, role, fault, num_workers=2) as mesh:
         requests = await Requests.learn(mesh)

@@ -43,10 +43,10 @@ FEW = [
     Case("biases", tp=2, pp=2),
     # Heads that the kernels do not serve: plain torch, over shared memory.
     Case("wide-heads", tp=2, chunk=1),
-    Case("mha", tp=2, pp=2, kernels="torch"),
+    Case("mha", pp=2, kernels="torch"),
     # Of some matrices a rank's part is columns: rows of the file with others' between them.
     Case("gqa", tp=2, chunk=64, weights="mapped"),
-    Case("mixtral", tp=2, pp=2, weights="mapped"),
+    Case("mixtral", tp=2, weights="mapped"),
 ]
 ALL = [
     Case(shape, tp, pp, kernels, CHUNKS[number % len(CHUNKS)])
@@ -58,10 +58,10 @@ OF_FAMILIES = [
     Case("phi3-partial", tp=2, chunk=64),
     Case("gemma3", pp=2, chunk=7),
     Case("gpt2", tp=2, chunk=64),
-    Case("opt-post", tp=2, pp=2, chunk=64),
+    Case("opt-post", tp=2, chunk=64),
     Case("bloom-heads", tp=2, chunk=64),
     Case("gpt-neox", tp=2, chunk=64),
-    Case("qwen3-moe-some", tp=2, pp=2),
+    Case("qwen3-moe-some", pp=2),
 ]
 
 

@@ -68,7 +68,9 @@ def _all_done(world: World) -> bool:
     return all(asker.verdict == "done" for asker in world.askers)
 
 
-@pytest.mark.parametrize("bounds", SMALL, ids=str)
+@pytest.mark.parametrize(
+    "bounds", [pytest.param(one, id=str(one), marks=pytest.mark.slow if one is SAME_PROMPT else ()) for one in SMALL]
+)
 def test_no_order_breaks_a_rule(bounds: Bounds) -> None:
     explore_all(bounds, max_states=150_000)
 
