@@ -96,7 +96,8 @@ def test_memory_of_a_process_is_read() -> None:
     assert (memory.anonymous, memory.shared) == (90 << 10, 10 << 10)
     before = memory_of(os.getpid())
     held = torch.ones(64 * MIB, dtype=torch.uint8)
-    assert memory_of(os.getpid()).anonymous - before.anonymous > 60 * MIB
+    # What others of this process let go of meanwhile is little beside it.
+    assert 32 * MIB < memory_of(os.getpid()).anonymous - before.anonymous < 96 * MIB
     del held
 
 
