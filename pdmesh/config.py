@@ -120,12 +120,9 @@ def _boolean(parser: argparse.ArgumentParser, name: str, text: str) -> bool:
     parser.error(f"{name} is {text!r}: use true or false")
 
 
-def one_line(message: str) -> str:
-    """With line breaks shown that are in a name which it tells."""
-    return message.replace("\r", "\\r").replace("\n", "\\n")
-
-
 def fail(message: str) -> None:
     """Ends the process as every command does when a person must mend something: one line, exit code 2."""
-    print(f"pdmesh: {one_line(message)}", file=sys.stderr)
+    # A name that it tells may hold line breaks.
+    shown = message.replace("\r", "\\r").replace("\n", "\\n")
+    print(f"pdmesh: {shown}", file=sys.stderr)
     raise SystemExit(2)
