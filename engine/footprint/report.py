@@ -1,6 +1,7 @@
 """A model's report: what it is, where it comes from, what serving it takes, and what of it fits here.
 
-Of the model's files no more is read than to open them. The values are plain: `pdmesh model inspect --json` prints them as they are.
+Of the model's files no more is read than to open them. The values are plain: `pdmesh model inspect --json` prints them
+as they are.
 """
 
 import math
